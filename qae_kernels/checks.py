@@ -1,0 +1,202 @@
+"""Validation at the border: a `ValueError` that says what was got and what was expected, before anything runs.
+
+Checks that read values would make the host wait for a GPU: they run on CPU tensors always, on others with
+`validate=True`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NANO = 10**9
+TENSOR_K_SLACK = 100  # float32 holds K only to 6e-8
+
+
+def k_in_nano(k: float) -> int:
+    """K in units of 1e-9, less one unit: `ceil(k_in_nano(k) * G / 1e9)` is then the rank ceil(K G) for the K meant,
+    whatever its binary rounding (0.7 * 10 is 7.000000000000001 in floating point, and 1 - 0.8 is not 0.2)."""
+    return round(k * NANO) - 1
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+
+
+def floating(name: str, value: Tensor) -> None:
+    is_tensor(name, value)
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must have a floating-point dtype; got {value.dtype}")
+
+
+def integer(name: str, value: Tensor) -> None:
+    is_tensor(name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} must have an integer dtype; got {value.dtype}")
+
+
+def same_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the other tensors are on {device}")
+
+
+def shape(name: str, value: Tensor, expected: torch.Size | tuple[int, ...]) -> None:
+    if value.shape != torch.Size(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)}; got {tuple(value.shape)}")
+
+
+def reads_values(device: torch.device, validate: bool) -> bool:
+    """Whether checks that look at tensor values run: they cost nothing on a CPU, a synchronisation elsewhere."""
+    return validate or device.type == "cpu"
+
+
+def group_arguments(
+    rewards: Tensor, groups: int | Tensor, k: float | Tensor, outcomes: Tensor | None, eps: float, correction: int,
+    validate: bool,
+) -> None:  # fmt: skip
+    """Arguments of `group_advantages`."""
+    floating("rewards", rewards)
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must have shape [B], one per response; got {tuple(rewards.shape)}")
+    if outcomes is not None:
+        is_tensor("outcomes", outcomes)
+        shape("outcomes", outcomes, rewards.shape)
+        same_device("outcomes", outcomes, rewards.device)
+    look = reads_values(rewards.device, validate)
+    num_groups = _groups(groups, rewards, look)
+    if isinstance(k, Tensor):
+        if k.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"k as a tensor must be float32 or float64; got {k.dtype}")
+        same_device("k", k, rewards.device)
+        if num_groups is None:
+            if k.dim() != 1:
+                raise ValueError(f"k as a tensor must have shape [num_groups]; got {tuple(k.shape)}")
+        else:
+            shape("k", k, (num_groups,))
+        if look and not bool(((k > 0) & (k < 1)).all()):
+            bad = int((~((k > 0) & (k < 1))).nonzero()[0])
+            raise ValueError(f"k must lie strictly between 0 and 1; k[{bad}] is {k[bad].item()}")
+    elif isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k < 1:
+        raise ValueError(f"k must be a number strictly between 0 and 1, or a tensor [num_groups]; got {k!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not eps >= 0:
+        raise ValueError(f"eps must be a number >= 0; got {eps!r}")
+    if isinstance(correction, bool) or not isinstance(correction, int) or correction < 0:
+        raise ValueError(f"correction must be an integer >= 0 (1: divide by G - 1); got {correction!r}")
+    if look:
+        finite("rewards", rewards)
+        if outcomes is not None and outcomes.is_floating_point():
+            finite("outcomes", outcomes)
+
+
+def _groups(groups: int | Tensor, rewards: Tensor, look: bool) -> int | None:
+    """Checks `groups`; returns the number of groups, None where only the device knows it."""
+    batch = rewards.numel()
+    if isinstance(groups, Tensor):
+        integer("groups", groups)
+        shape("groups", groups, rewards.shape)
+        same_device("groups", groups, rewards.device)
+        return groups.unique().numel() if look else None
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise ValueError(f"groups must be an int (group size) or a tensor [B] of ids; got {type(groups).__name__}")
+    if groups < 1:
+        raise ValueError(f"groups, the group size, must be at least 1 (no group may be empty); got {groups}")
+    if batch % groups:
+        raise ValueError(f"group size {groups} does not divide the number of rewards, {batch}")
+    return batch // groups
+
+
+def finite(name: str, value: Tensor) -> None:
+    bad = (~torch.isfinite(value)).nonzero()
+    if len(bad):
+        index = ", ".join(str(i) for i in bad[0].tolist())
+        raise ValueError(
+            f"{name} must be finite; {name}[{index}] is {value[tuple(bad[0])].item()} ({len(bad)} such values)"
+        )
+
+
+def logits_and_tokens(logits: Tensor, tokens: Tensor, mask: Tensor | None, validate: bool) -> Tensor:
+    """Checks logits [..., V] against tokens [...]; returns the mask as bool, [...], all True where none was given."""
+    floating("logits", logits)
+    if logits.dim() not in (2, 3):
+        raise ValueError(f"logits must have shape [N, V] or [B, T, V]; got {tuple(logits.shape)}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits need a vocabulary of at least 1; got shape {tuple(logits.shape)}")
+    integer("tokens", tokens)
+    shape("tokens", tokens, logits.shape[:-1])
+    same_device("tokens", tokens, logits.device)
+    if mask is None:
+        mask = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
+    else:
+        is_tensor("mask", mask)
+        shape("mask", mask, tokens.shape)
+        same_device("mask", mask, logits.device)
+        mask = mask != 0
+    if reads_values(logits.device, validate):
+        vocab = logits.shape[-1]
+        bad = (mask & ((tokens < 0) | (tokens >= vocab))).nonzero()
+        if len(bad):
+            index = ", ".join(str(i) for i in bad[0].tolist())
+            got = tokens[tuple(bad[0])].item()
+            raise ValueError(f"tokens must lie in [0, {vocab}) where the mask is not 0; tokens[{index}] is {got}")
+    return mask
+
+
+def offsets(cu_seqlens: Tensor | None, num_rows: int, packed: bool, device: torch.device, validate: bool) -> None:
+    """Checks cu_seqlens [B + 1]: 0 = cu[0] <= cu[1] <= ... <= cu[B] = N, for the packed layout only."""
+    if cu_seqlens is None:
+        return
+    integer("cu_seqlens", cu_seqlens)
+    same_device("cu_seqlens", cu_seqlens, device)
+    if not packed:
+        raise ValueError("cu_seqlens goes with packed tensors ([N, V] logits); these are padded ([B, T, V])")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must have shape [B + 1]; got {tuple(cu_seqlens.shape)}")
+    if reads_values(device, validate):
+        first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
+        if first != 0 or last != num_rows or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the number of rows, {num_rows}; got {_short(cu_seqlens.tolist())}"
+            )
+
+
+def row_values(name: str, value: Tensor | None, rows: torch.Size, cu_seqlens: Tensor | None) -> None:
+    """Checks a per-token ([N] or [B, T]) or per-response ([B]) float argument of a loss."""
+    if value is None:
+        return
+    floating(name, value)
+    if value.shape == rows:
+        return
+    if len(rows) == 2 and value.shape == rows[:1]:
+        return
+    if cu_seqlens is not None and value.shape == (cu_seqlens.numel() - 1,):
+        return
+    if len(rows) == 2:
+        expected = f"[B, T] = {tuple(rows)} or [B] = ({rows[0]},)"
+    elif cu_seqlens is not None:
+        expected = f"[N] = ({rows[0]},) or [B] = ({cu_seqlens.numel() - 1},), as cu_seqlens says"
+    else:
+        expected = f"[N] = ({rows[0]},); one value per response needs [B, T, V] logits, or cu_seqlens"
+    raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
+
+
+def normalizer(value: Any, validate: bool) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"normalizer must be a number or a tensor of one element; got shape {tuple(value.shape)}")
+        if not reads_values(value.device, validate):
+            return
+        value = value.item()
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+        raise ValueError(f"normalizer must be a count of tokens or sequences, >= 0; got {value!r}")
+
+
+def _short(values: list, most: int = 8) -> str:
+    return str(values) if len(values) <= most else str(values[:most])[:-1] + ", ...]"

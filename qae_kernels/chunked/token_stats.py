@@ -1,0 +1,101 @@
+"""Log-probability, entropy and their gradient, for a chunk of rows at a time.
+
+dx_j = [dlogp (1[j = t] - p_j) - dentropy p_j (log p_j + H)] / temperature; see `fused/token_stats.py`. Only the rows
+that are asked for are read. float32 arithmetic (float64 for float64 logits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 16 * 2**20  # of the scratch that one chunk of logits takes; two such live at a time
+LOWEST = -1e30  # stands for -inf where 0 * inf would be NaN
+
+
+@dataclass
+class RowStatistics:
+    """One chunk of n rows. `terms` [n, V]: exp(z - max z); `logits` [n, V]: z - max z, at least LOWEST."""
+
+    logits: Tensor
+    terms: Tensor
+    total: Tensor  # [n], sum of terms
+    logprobs: Tensor
+    entropy: Tensor
+
+
+def rows_of(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """Index that picks the given rows [n] of x [N, V] or [B, T, V], whatever its strides."""
+    return (rows,) if x.dim() == 2 else (rows // x.shape[1], rows % x.shape[1])
+
+
+def chunks(rows: Tensor, vocab: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    per_chunk = max(1, CHUNK_BYTES // (vocab * dtype.itemsize))
+    return iter(rows.split(per_chunk)) if rows.numel() else iter(())
+
+
+def row_statistics(logits: Tensor, rows: Tensor, tokens: Tensor, temperature: float) -> RowStatistics:
+    """Statistics of the given rows; tokens [n] are those rows' tokens."""
+    z = logits[rows_of(logits, rows)].to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        z.div_(temperature)
+    z.sub_(z.amax(1, keepdim=True))
+    target = z.gather(1, tokens[:, None].long())[:, 0]
+    z.clamp_(min=LOWEST)
+    terms = z.exp()
+    total = terms.sum(1)
+    entropy = total.log() - torch.linalg.vecdot(terms, z) / total
+    return RowStatistics(z, terms, total, target - total.log(), entropy)
+
+
+def write_row_gradient(
+    dlogits: Tensor, rows: Tensor, tokens: Tensor, stats: RowStatistics, dlogp: Tensor, dentropy: Tensor | None,
+    temperature: float,
+) -> None:  # fmt: skip
+    """Writes the gradient of the given rows into dlogits; overwrites the scratch in `stats`."""
+    share = 1 / (stats.total * temperature)
+    constant = -share * dlogp
+    if dentropy is None:
+        dx = stats.terms.mul_(constant[:, None])
+    else:
+        constant -= share * dentropy * (stats.entropy - stats.total.log())
+        slope = -share * dentropy
+        dx = stats.logits.mul_(slope[:, None]).add_(constant[:, None]).mul_(stats.terms)
+    at_token = torch.where(stats.logprobs == -torch.inf, 0, dlogp / temperature)
+    dx.scatter_add_(1, tokens[:, None].long(), at_token[:, None])
+    dlogits[rows_of(dlogits, rows)] = dx.to(dlogits.dtype)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """(logits, tokens, mask, temperature) -> (logprobs, entropy). Saves the logits; backward recomputes by chunk."""
+
+    @staticmethod
+    def forward(ctx, logits, tokens, mask, temperature):
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logprobs = torch.zeros(tokens.shape, dtype=dtype, device=logits.device)
+        entropy = torch.zeros_like(logprobs)
+        for rows in chunks(mask.reshape(-1).nonzero()[:, 0], logits.shape[-1], dtype):
+            stats = row_statistics(logits, rows, tokens.reshape(-1)[rows], temperature)
+            logprobs.view(-1)[rows], entropy.view(-1)[rows] = stats.logprobs, stats.entropy
+        ctx.save_for_backward(logits, tokens, mask)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogprobs, dentropy):
+        logits, tokens, mask = ctx.saved_tensors
+        dlogprobs, dentropy, tokens = dlogprobs.reshape(-1), dentropy.reshape(-1), tokens.reshape(-1)
+        dlogits = torch.zeros_like(logits)
+        wanted = mask.reshape(-1) & ((dlogprobs != 0) | (dentropy != 0))
+        for rows in chunks(wanted.nonzero()[:, 0], logits.shape[-1], dlogprobs.dtype):
+            stats = row_statistics(logits, rows, tokens[rows], ctx.temperature)
+            write_row_gradient(dlogits, rows, tokens[rows], stats, dlogprobs[rows], dentropy[rows], ctx.temperature)
+        return dlogits, None, None, None
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return TokenLogprobs.apply(logits, tokens, mask, temperature)

@@ -1,0 +1,140 @@
+"""The policy loss of a batch in one launch: statistics, objective, and the gradient of the logits.
+
+    loss = sum_r w_r l_r,   l_r = rollout_weight objective(logprob_r, ...) + kl_coef KL_r - entropy_coef H_r
+
+The factor that row r's gradient needs, w_r dl_r/dlogprob, is known as soon as its statistics are, so the same program
+goes over the row a second time and writes dx (in place, if asked); `backward` only multiplies by the incoming scalar.
+A masked row (w = 0) is not read at all. A row without credit (advantage 0, no KL or entropy term) is read once, for its
+entropy, and gets zeros. The kernel knows no objective: `OBJECTIVE` and `KL` are device functions (`objectives.py`).
+
+Shapes: logits [N, V] or [B, T, V]; tokens, weights, old_logprobs, ref_logprobs, rollout_weights [N] contiguous;
+advantages [N], or one per response through a stride of 0. Backward keeps dx, and nothing else.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..config import PolicyLossConfig
+from . import objectives
+from .token_stats import (
+    LOG2E,
+    as_rows,
+    launch_config,
+    row_start,
+    row_statistics,
+    target_logit,
+    target_logprob,
+    write_row_gradient,
+    write_zero_row,
+)
+
+
+@triton.jit
+def policy_loss_kernel(
+    x_ptr, stride_x_b, stride_x_t, dx_ptr, stride_dx_b, stride_dx_t, tokens_ptr, weights_ptr,
+    advantages_ptr, stride_a_b, stride_a_t, old_ptr, ref_ptr, rollout_ptr, loss_ptr, logprobs_ptr, entropy_ptr,
+    T, scale, inv_temperature, kl_coef, entropy_coef, hyper,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    weight = tl.load(weights_ptr + row)
+    if dx_ptr is not None:
+        dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T)
+    if weight == 0:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        if dx_ptr is not None:
+            write_zero_row(dx_row, V, BLOCK)
+    else:
+        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T)
+        token = tl.load(tokens_ptr + row)
+        target = target_logit(x_row, token, V)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, V, BLOCK)
+        logprob = target_logprob(target, peak, log2_sum, scale)
+        tl.store(logprobs_ptr + row, logprob)
+        tl.store(entropy_ptr + row, entropy)
+
+        advantage = tl.load(advantages_ptr + row // T * stride_a_b + row % T * stride_a_t)
+        importance = 1.0
+        if rollout_ptr is not None:
+            importance = tl.load(rollout_ptr + row)
+        credit = advantage * importance
+        if old_ptr is not None:
+            old_logprob = tl.load(old_ptr + row)
+        else:  # on-policy; finite, so that a token of probability 0 has the ratio 0
+            old_logprob = tl.where(logprob == float("-inf"), 0.0, logprob)
+        loss, dlogp = OBJECTIVE(logprob, old_logprob, advantage, hyper)
+        loss = tl.where(credit == 0, 0.0, loss * importance)
+        dlogp = tl.where(credit == 0, 0.0, dlogp * importance)
+        if ref_ptr is not None:
+            kl, dkl = KL(logprob, tl.load(ref_ptr + row))
+            loss += tl.where(kl_coef == 0, 0.0, kl_coef * kl)
+            dlogp += tl.where(kl_coef == 0, 0.0, kl_coef * dkl)
+        loss -= tl.where(entropy_coef == 0, 0.0, entropy_coef * entropy)
+        tl.store(loss_ptr + row, weight * loss)
+
+        if dx_ptr is not None:
+            if (credit != 0) | (kl_coef != 0) | (entropy_coef != 0):
+                write_row_gradient(x_row, dx_row, token, target, peak, log2_sum, entropy, weight * dlogp,
+                                   -weight * entropy_coef, scale, inv_temperature, V, BLOCK)  # fmt: skip
+            else:
+                write_zero_row(dx_row, V, BLOCK)
+
+
+@triton.jit
+def scale_kernel(dx_ptr, stride_b, stride_t, factor_ptr, T, V: tl.constexpr, BLOCK: tl.constexpr):
+    """dx *= factor, row by row; returns at once where the factor is 1, which only the device knows."""
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1:
+        dx_row = row_start(dx_ptr, tl.program_id(0), stride_b, stride_t, T)
+        offs = tl.arange(0, BLOCK)
+        for start in range(0, V, BLOCK):
+            inside = start + offs < V
+            dx = tl.load(dx_row + start + offs, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx_row + start + offs, (dx * factor).to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def policy_loss_rows(
+    logits: torch.Tensor,
+    dlogits: torch.Tensor | None,
+    tokens: torch.Tensor,
+    weights: torch.Tensor,
+    advantages: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    rollout_weights: torch.Tensor | None,
+    config: PolicyLossConfig,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launches the kernel once; fills dlogits (which may be logits) unless None.
+
+    Returns (weighted loss of each row, logprobs, entropy), f32, shape of tokens.
+    """
+    x, stride_b, stride_t, T = as_rows(logits)
+    vocab = x.shape[-1]
+    losses, logprobs, entropy = (torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(3))
+    if tokens.numel() == 0:
+        return losses, logprobs, entropy
+    _, dstride_b, dstride_t, _ = (None, 0, 0, 0) if dlogits is None else as_rows(dlogits)
+    stride_a = (0, advantages.stride(0)) if advantages.dim() == 1 else advantages.stride()
+    dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
+    block, warps = launch_config(vocab, x.dtype)
+    policy_loss_kernel[(tokens.numel(),)](
+        x, stride_b, stride_t, dlogits, dstride_b, dstride_t, tokens, weights,
+        advantages, *stride_a, old_logprobs, ref_logprobs, rollout_weights, losses, logprobs, entropy,
+        T, LOG2E / config.temperature, 1 / config.temperature, float(config.kl_coef), float(config.entropy_coef),
+        (float(config.eps_low), float(config.eps_high), float(dual_clip)),
+        OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
+        V=vocab, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return losses, logprobs, entropy
+
+
+def scale_gradient(dlogits: torch.Tensor, factor: torch.Tensor) -> None:
+    """dlogits *= factor (0-dim, on the device), in place."""
+    _, stride_b, stride_t, T = as_rows(dlogits)
+    rows = dlogits.numel() // dlogits.shape[-1]
+    block, warps = launch_config(dlogits.shape[-1], dlogits.dtype)
+    if rows:
+        scale_kernel[(rows,)](dlogits, stride_b, stride_t, factor, T, V=dlogits.shape[-1], BLOCK=block, num_warps=warps)

@@ -1,0 +1,236 @@
+"""Log-probability and entropy of a row of logits in one read, and the gradient of both in one more.
+
+    z_j = x_j / temperature          p = softmax(z)
+    logprob = z_t - log sum exp(z)   entropy H = -sum p log p
+    dx_j = [dlogp (1[j = t] - p_j) - dentropy p_j (log p_j + H)] / temperature
+
+Exponentials are base 2, with log2(e) and 1/temperature folded into one factor `scale`, so one fused multiply-add and
+one EX2 make a term. Everything is relative to `peak`, the rounded product of the row maximum and `scale`; because the
+same rounded number is subtracted everywhere, large common offsets cost no accuracy. A tile is [threads, 8]: eight
+neighbours of one thread are reduced without leaving it, and the threads meet once, at the end of the row.
+
+x, dx: [B, T, V] with any strides of B and T and stride 1 in V (flat [N, V]: B = 1, T = N). Row r is (r // T, r % T).
+Per-row vectors [N] are contiguous. Backward keeps per row: peak, log2_sum (f32) and the entropy.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = math.log2(math.e)
+LN2 = tl.constexpr(math.log(2))
+LOWEST = tl.constexpr(-1e30)  # stands for -inf where -inf - -inf or 0 * inf would be NaN
+
+
+@triton.jit
+def row_start(ptr, row, stride_b, stride_t, T):
+    """Pointer to element 0 of a row, with 64-bit arithmetic: N * V may exceed 2^31."""
+    return ptr + (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
+
+
+@triton.jit
+def _accumulate(x, peak, total, weighted, scale):
+    """Adds a tile [threads, 8] to the running state [threads] (log2 units, relative to peak):
+    total = sum 2^(u - peak), weighted = sum 2^(u - peak) (u - peak), u = x scale."""
+    new_peak = tl.maximum(peak, tl.max(x, 1) * scale)
+    u = tl.fma(x, scale, -new_peak[:, None])
+    u = tl.maximum(u, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(u)
+    shift = peak - new_peak
+    shrink = tl.exp2(shift)
+    weighted = (weighted + total * shift) * shrink + tl.sum(e * u, 1)
+    total = total * shrink + tl.sum(e, 1)
+    return new_peak, total, weighted
+
+
+@triton.jit
+def row_statistics(x_ptr, scale, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns peak, log2_sum and the entropy in nats: log2 sum 2^(x scale) = peak + log2_sum."""
+    THREADS: tl.constexpr = BLOCK // 8
+    MAIN: tl.constexpr = V // BLOCK * BLOCK
+    offs = tl.arange(0, THREADS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    peak = tl.full([THREADS], LOWEST, tl.float32)
+    total = tl.zeros([THREADS], tl.float32)
+    weighted = tl.zeros([THREADS], tl.float32)
+    for start in range(0, MAIN, BLOCK):
+        x = tl.load(x_ptr + start + offs).to(tl.float32)
+        peak, total, weighted = _accumulate(x, peak, total, weighted, scale)
+    if MAIN < V:
+        x = tl.load(x_ptr + MAIN + offs, mask=MAIN + offs < V, other=float("-inf")).to(tl.float32)
+        peak, total, weighted = _accumulate(x, peak, total, weighted, scale)
+    row_peak = tl.max(peak, 0)
+    shift = peak - row_peak
+    shrink = tl.exp2(shift)
+    row_total = tl.sum(total * shrink, 0)
+    row_weighted = tl.sum((weighted + total * shift) * shrink, 0)
+    log2_sum = tl.log2(row_total)
+    return row_peak, log2_sum, (log2_sum - row_weighted / row_total) * LN2
+
+
+@triton.jit
+def target_logit(x_ptr, token, V: tl.constexpr):
+    """The sampled token's logit; NaN for an id outside the vocabulary, so that a bad id is loud and reads nothing."""
+    return tl.load(x_ptr + token, mask=(token >= 0) & (token < V), other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def target_logprob(target, peak, log2_sum, scale):
+    return (tl.fma(target, scale, -peak) - log2_sum) * LN2
+
+
+@triton.jit
+def _softmax_part(x, constant, slope, peak, scale, SLOPE: tl.constexpr):
+    """2^u (constant + slope u), u = x scale - peak."""
+    u = tl.fma(x, scale, -peak)
+    if SLOPE:
+        u = tl.maximum(u, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        return tl.exp2(u) * tl.fma(u, slope, constant)
+    else:
+        return tl.exp2(u) * constant
+
+
+@triton.jit
+def _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, SLOPE: tl.constexpr, V: tl.constexpr,
+                        BLOCK: tl.constexpr):  # fmt: skip
+    MAIN: tl.constexpr = V // BLOCK * BLOCK
+    offs = tl.arange(0, BLOCK)
+    for start in range(0, MAIN, BLOCK):
+        x = tl.load(x_ptr + start + offs).to(tl.float32)
+        dx = _softmax_part(x, constant, slope, peak, scale, SLOPE)
+        tl.store(dx_ptr + start + offs, dx.to(dx_ptr.dtype.element_ty))
+    if MAIN < V:
+        inside = MAIN + offs < V
+        x = tl.load(x_ptr + MAIN + offs, mask=inside, other=0.0).to(tl.float32)
+        dx = _softmax_part(x, constant, slope, peak, scale, SLOPE)
+        tl.store(dx_ptr + MAIN + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_row_gradient(x_ptr, dx_ptr, token, target, peak, log2_sum, entropy, dlogp, dentropy, scale, inv_temperature,
+                       V: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Writes dx of one row; dx may be x. In log2 units both terms are linear in u:
+    dx_j = 2^(u_j) (constant + slope u_j), plus dlogp / temperature at the token."""
+    share = tl.exp2(-log2_sum) * inv_temperature  # 2^(u_j) share = p_j / temperature
+    constant = -share * (dlogp + dentropy * (entropy - log2_sum * LN2))
+    slope = -share * dentropy * LN2
+    tl.debug_barrier()  # every thread has read the target before any overwrites it
+    if dentropy == 0:
+        _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, False, V, BLOCK)
+    else:
+        _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, True, V, BLOCK)
+    tl.debug_barrier()  # the element of the token is mended after its thread has written it
+    u = tl.maximum(tl.fma(target, scale, -peak), LOWEST)
+    dx = tl.exp2(u) * (constant + slope * u) + dlogp * inv_temperature
+    dx = tl.where(target == float("-inf"), 0.0, dx)
+    tl.store(dx_ptr + token, dx.to(dx_ptr.dtype.element_ty), mask=(token >= 0) & (token < V))
+
+
+@triton.jit
+def write_zero_row(dx_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
+    MAIN: tl.constexpr = V // BLOCK * BLOCK
+    offs = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], dx_ptr.dtype.element_ty)
+    for start in range(0, MAIN, BLOCK):
+        tl.store(dx_ptr + start + offs, zero)
+    if MAIN < V:
+        tl.store(dx_ptr + MAIN + offs, zero, mask=MAIN + offs < V)
+
+
+@triton.jit
+def token_logprobs_kernel(
+    x_ptr, stride_x_b, stride_x_t, tokens_ptr, mask_ptr, logprobs_ptr, entropy_ptr, peak_ptr, log2_sum_ptr,
+    T, scale, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    if tl.load(mask_ptr + row) == 0:
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+    else:
+        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T)
+        target = target_logit(x_row, tl.load(tokens_ptr + row), V)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, V, BLOCK)
+        tl.store(logprobs_ptr + row, target_logprob(target, peak, log2_sum, scale))
+        tl.store(entropy_ptr + row, entropy)
+        tl.store(peak_ptr + row, peak)
+        tl.store(log2_sum_ptr + row, log2_sum)
+
+
+@triton.jit
+def token_logprobs_backward_kernel(
+    x_ptr, stride_x_b, stride_x_t, dx_ptr, stride_dx_b, stride_dx_t, tokens_ptr, mask_ptr, peak_ptr, log2_sum_ptr,
+    entropy_ptr, dlogprobs_ptr, dentropy_ptr, T, scale, inv_temperature, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T)
+    dlogp = tl.load(dlogprobs_ptr + row)
+    dentropy = tl.load(dentropy_ptr + row)
+    if (tl.load(mask_ptr + row) == 0) | ((dlogp == 0) & (dentropy == 0)):
+        write_zero_row(dx_row, V, BLOCK)
+    else:
+        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T)
+        token = tl.load(tokens_ptr + row)
+        target = target_logit(x_row, token, V)
+        write_row_gradient(x_row, dx_row, token, target, tl.load(peak_ptr + row), tl.load(log2_sum_ptr + row),
+                           tl.load(entropy_ptr + row), dlogp, dentropy, scale, inv_temperature, V, BLOCK)  # fmt: skip
+
+
+def launch_config(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(BLOCK, num_warps), decided by vocabulary and dtype only: the same row always takes the same path."""
+    largest = 8192 if dtype.itemsize == 2 else 4096
+    block = max(256, min(largest, triton.next_power_of_2(vocab)))
+    return block, max(1, min(8, block // 1024))
+
+
+def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """(x with stride 1 in V, stride_b, stride_t, T) of [N, V] or [B, T, V]; copies only if V is strided."""
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        x = x.contiguous()
+    if x.dim() == 2:
+        return x, 0, x.stride(0), max(1, x.shape[0])
+    return x, x.stride(0), x.stride(1), max(1, x.shape[1])
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """(logits, tokens, mask, temperature) -> (logprobs, entropy). Saves the logits and three numbers per row."""
+
+    @staticmethod
+    def forward(ctx, logits, tokens, mask, temperature):
+        x, stride_b, stride_t, T = as_rows(logits)
+        vocab = x.shape[-1]
+        tokens, mask = tokens.contiguous(), mask.contiguous()
+        logprobs, entropy, peak, log2_sum = (
+            torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(4)
+        )
+        block, warps = launch_config(vocab, x.dtype)
+        if tokens.numel():
+            token_logprobs_kernel[(tokens.numel(),)](
+                x, stride_b, stride_t, tokens, mask, logprobs, entropy, peak, log2_sum,
+                T, LOG2E / temperature, V=vocab, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+        ctx.save_for_backward(logits, tokens, mask, peak, log2_sum, entropy)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlogprobs, dentropy):
+        logits, tokens, mask, peak, log2_sum, entropy = ctx.saved_tensors
+        x, stride_b, stride_t, T = as_rows(logits)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _, dstride_b, dstride_t, _ = as_rows(dx)
+        block, warps = launch_config(x.shape[-1], x.dtype)
+        if tokens.numel():
+            token_logprobs_backward_kernel[(tokens.numel(),)](
+                x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, mask, peak, log2_sum,
+                entropy, dlogprobs.contiguous(), dentropy.contiguous(), T, LOG2E / ctx.temperature,
+                1 / ctx.temperature, V=x.shape[-1], BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+        return dx, None, None, None
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return TokenLogprobs.apply(logits, tokens, mask, temperature)

@@ -1,0 +1,61 @@
+"""Token-level diagnostics of a policy loss, from the [N] vectors that the loss leaves behind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import PolicyLossConfig
+from .reference.objectives import KL_ESTIMATORS
+
+
+def loss_metrics(
+    logprobs: Tensor,
+    entropy: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    config: PolicyLossConfig,
+) -> dict[str, Tensor]:
+    """Means over unmasked tokens, as 0-dim tensors; a mean over no token is 0.
+
+    All arguments have the shape of `tokens`; mask is bool. Masked entries may hold anything.
+
+    entropy; entropy_positive, entropy_negative, entropy_zero: mean entropy, of all tokens and by sign of advantage
+    clip_fraction_low, clip_fraction_high: share of tokens whose gradient the lower (A < 0) or upper (A > 0) bound stops
+    ratio_mean, ratio_max: of the importance ratio
+    approx_kl: k3 estimate of KL(old || current), mean of r - 1 - log r
+    active_fraction: share of tokens that have a gradient
+    kl: mean of the penalty's estimate of KL(current || reference); 0 without ref_logprobs
+    """
+    count = mask.sum()
+
+    def mean(values: Tensor, where: Tensor = mask) -> Tensor:
+        return torch.where(where, values, 0).sum() / where.sum().clamp(min=1)
+
+    if old_logprobs is None:
+        log_ratio = torch.zeros_like(logprobs)
+    else:
+        log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    ratio = log_ratio.exp()
+    clipped_low = (ratio < 1 - config.eps_low) & (advantages < 0)
+    clipped_high = (ratio > 1 + config.eps_high) & (advantages > 0)
+    active = (advantages != 0) if config.skips_zero_credit else mask
+    if ref_logprobs is None:
+        kl = logprobs.new_zeros(())
+    else:
+        kl = mean(KL_ESTIMATORS[config.kl_estimator](logprobs, ref_logprobs))
+    return {
+        "entropy": mean(entropy),
+        "entropy_positive": mean(entropy, mask & (advantages > 0)),
+        "entropy_negative": mean(entropy, mask & (advantages < 0)),
+        "entropy_zero": mean(entropy, mask & (advantages == 0)),
+        "clip_fraction_low": mean(clipped_low.to(ratio.dtype)),
+        "clip_fraction_high": mean(clipped_high.to(ratio.dtype)),
+        "ratio_mean": mean(ratio),
+        "ratio_max": torch.where(mask, ratio, 0).amax() if ratio.numel() else ratio.new_zeros(()),
+        "approx_kl": mean(ratio - 1 - log_ratio),
+        "active_fraction": (active & mask).sum() / count.clamp(min=1),
+        "kl": kl,
+    }

@@ -1,0 +1,80 @@
+"""What the operations return. Whatever costs a pass or a host synchronisation is computed on first access."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Result of `group_advantages` / `quantile_advantages`.
+
+    advantages: [B] f32.
+    active: [B] bool, advantage != 0: the responses that carry credit.
+    The per-group values are properties. With groups given as ids on a GPU only the device knows how many groups there
+    are; asking for one of these values then waits for it, and nothing else does.
+    """
+
+    advantages: Tensor
+    active: Tensor
+    _group_ids: Tensor
+    _baseline: Tensor
+    _success_rate: Tensor
+    _std: Tensor
+    _num_groups: int | Tensor
+
+    @property
+    def group_ids(self) -> Tensor:
+        """[num_groups] int64, sorted, unique; 0, 1, ... for contiguous groups."""
+        return self._group_ids[: self.num_groups]
+
+    @property
+    def baseline(self) -> Tensor:
+        """[num_groups] f32: what was subtracted (for "leave_one_out" the group mean, see `group_advantages`)."""
+        return self._baseline[: self.num_groups]
+
+    @property
+    def success_rate(self) -> Tensor:
+        """[num_groups] f32: mean outcome (mean reward where no outcomes were given)."""
+        return self._success_rate[: self.num_groups]
+
+    @property
+    def std(self) -> Tensor:
+        """[num_groups] f32: standard deviation of the group's rewards; 0 where too few to have one."""
+        return self._std[: self.num_groups]
+
+    @cached_property
+    def num_groups(self) -> int:
+        """Number of groups. With groups given as ids on a GPU, reading it waits for the GPU."""
+        return int(self._num_groups)
+
+    @cached_property
+    def zero_fraction(self) -> Tensor:
+        """0-dim f32: share of responses whose advantage is exactly 0."""
+        return 1 - self.active.float().mean() if self.active.numel() else self.advantages.new_zeros(())
+
+
+@dataclass(frozen=True)
+class PolicyLossOutput:
+    """Result of the policy losses.
+
+    loss: 0-dim, differentiable.
+    logprobs, entropy: of every row, f32, shape of `tokens`, detached; 0 on masked rows. Nats.
+    metrics: dict of 0-dim tensors on the device, computed on first access, without host synchronisation:
+        see `qae_kernels.metrics.loss_metrics`.
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    _compute_metrics: Callable[[], dict[str, Tensor]]
+
+    @cached_property
+    def metrics(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return self._compute_metrics()

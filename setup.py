@@ -1,0 +1,37 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+setup(
+    name="qae-kernels",
+    version="0.1.0",
+    description="Exact, fused policy updates for RLVR: Quantile Advantage Estimation and the DAPO loss in Triton",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["qae_kernels", "qae_kernels.*"]),
+    install_requires=[
+        "torch>=2.8",
+        "numpy",
+        # A CUDA build of torch brings the Triton it was built for; a CPU build brings none.
+        "triton>=3.4; platform_system == 'Linux'",
+    ],
+    extras_require={
+        "train": ["transformers>=5.0", "reasoning-gym>=0.1.25", "tyro", "rich", "matplotlib"],
+        "vllm": ["vllm"],
+        "flash-attn": ["flash-attn"],
+        "trl": ["trl>=1.16"],
+        "verl": ["verl>=0.9.1"],
+        "bench": ["pytest", "pytest-benchmark"],
+        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "pytest-cov", "hypothesis", "ruff", "pre-commit"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
