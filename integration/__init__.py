@@ -1,0 +1,1 @@
+"""A thin RLVR loop around the kernels: rollout -> verify -> advantages -> minibatches -> update -> log."""

@@ -1,0 +1,118 @@
+"""Every knob of a run in one documented dataclass; the command line is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Qwen3 made from scratch (read only when `init` names no checkpoint)."""
+
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    intermediate_size: int = 384
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """reasoning-gym's `chain_sum`: sums and differences of a few numbers, e.g. `7-0+4 =`."""
+
+    min_terms: int = 2
+    max_terms: int = 6
+    """More terms are harder: the range spreads the success rates."""
+    min_digits: int = 1
+    max_digits: int = 1
+    held_out: int = 256
+    """Problems kept for evaluation; no expression among them is ever trained on."""
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised training on worked and direct answers, so that RL starts with some successes and some entropy."""
+
+    steps: int = 600
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    direct_share: float = 0.3
+    """Share of examples that give the answer without the steps: they keep the policy undecided between the two."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. `python -m integration.train --help` shows the same."""
+
+    preset: Literal["tiny"] = "tiny"
+    """Named set of defaults that the other flags change."""
+    name: str = "tiny"
+    """Results go to `<runs>/<name>/`."""
+    runs: Path = Path("runs")
+    init: Path | None = None
+    """Checkpoint folder to start from (model and tokenizer). None: a new model and a supervised warm start."""
+    seed: int = 0
+    device: str = "auto"
+    """"auto": the GPU if there is one."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Kernels of the policy update: "auto" takes Triton on a GPU and PyTorch on a CPU."""
+
+    baseline: Literal["quantile", "mean", "leave_one_out", "none"] = "quantile"
+    """"quantile" is QAE (arXiv 2509.22611), "mean" is GRPO and DAPO."""
+    k: float = 0.4
+    """Quantile level of the baseline, strictly between 0 and 1."""
+
+    steps: int = 100
+    """Rollouts."""
+    prompts_per_step: int = 32
+    group_size: int = 8
+    """Responses per prompt, G."""
+    minibatches: int = 2
+    """Optimizer updates per rollout; each sees its share of the prompts once."""
+    micro_batch_size: int = 256
+    """Responses per forward and backward; changes the memory needed and not the result."""
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+
+    learning_rate: float = 2e-4
+    warmup_steps: int = 5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eps_low: float = 0.2
+    eps_high: float = 0.28
+
+    eval_every: int = 20
+    eval_samples: int = 4
+    """Responses per held-out problem."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+
+    def __post_init__(self):
+        if not 0 < self.k < 1:
+            raise ValueError(f"k must be strictly between 0 and 1; got {self.k}")
+        if self.prompts_per_step % self.minibatches:
+            raise ValueError(
+                f"minibatches ({self.minibatches}) must divide prompts_per_step ({self.prompts_per_step}): "
+                "a minibatch holds whole groups"
+            )
+        for name in ("group_size", "minibatches", "micro_batch_size", "max_new_tokens", "eval_every", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive; got {self.temperature}")
+
+    @property
+    def folder(self) -> Path:
+        return self.runs / self.name
+
+
+PRESETS: dict[str, TrainConfig] = {
+    # A Qwen3 of 0.4 M parameters, from scratch, on two CPU cores in a few minutes.
+    "tiny": TrainConfig(),
+}

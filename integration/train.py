@@ -1,0 +1,242 @@
+"""Reinforcement learning with verifiable rewards, from top to bottom: rollout -> verify -> advantages -> minibatches ->
+update -> log.
+
+    python -m integration.train --preset tiny                    QAE with K = 0.4
+    python -m integration.train --preset tiny --baseline mean    the mean baseline of GRPO and DAPO
+    python -m integration.train --help                           every flag
+
+Where this differs from the published recipe of QAE (arXiv 2509.22611, on DAPO, arXiv 2503.14476): a model of 0.4 M
+parameters and sums of one-digit numbers; no dynamic sampling and no overlong shaping; Adam at 2e-4; 2 updates per
+rollout and not 16; `old_logprobs` are the sampler's own and are not recomputed.
+
+A run leaves `<runs>/<name>/`: config.json, metrics.jsonl (one line per step), checkpoint/ (model and tokenizer, opens
+with transformers), figure.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import tyro
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import qae_kernels
+from qae_kernels import Advantages, PolicyLossConfig, group_advantages, policy_loss
+
+from . import checkpoint, report
+from .config import PRESETS, TrainConfig
+from .data import Task
+from .evaluate import evaluate
+from .progress import Progress
+from .rewards import verify
+from .rollout import Rollout, sample
+from .warm_start import warm_start
+
+ROLLOUT_SEED = 123_000_000
+LOGGED = ("clip_fraction_low", "clip_fraction_high", "ratio_max", "approx_kl")  # of the loss, over trained tokens
+
+
+def train(config: TrainConfig, progress: Progress | None = None) -> Path:
+    """Runs `config` and returns the folder of its results."""
+    progress = progress or Progress()
+    device = resolve_device(config.device)
+    task = Task(config.task)
+    folder = start_folder(config, device)
+    if config.init is None:
+        model, tokenizer = checkpoint.new_model(config.model, config.seed, device)
+        warm_start(model, tokenizer, task, config, progress)
+    else:
+        model, tokenizer = checkpoint.load(config.init, device)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    problems = task.training_problems(ROLLOUT_SEED + config.seed)
+    random_tokens = torch.Generator(device).manual_seed(config.seed)
+    random_order = torch.Generator().manual_seed(config.seed)
+
+    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
+        for step in progress.track(config.steps, config.name):
+            record: dict[str, Any] = {"step": step}
+            if step % config.eval_every == 0:
+                record["eval"] = evaluate(model, tokenizer, task, config)
+
+            started = time.perf_counter()
+            batch = list(islice(problems, config.prompts_per_step))
+            rollout = sample(
+                model, tokenizer, [p.prompt for p in batch], group_size=config.group_size,
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature, generator=random_tokens,
+            )  # fmt: skip
+            sampled = time.perf_counter()
+            outcomes = verify(rollout.texts, batch, task).to(device)
+            verified = time.perf_counter()
+
+            advantages = group_advantages(
+                outcomes, config.group_size, baseline=config.baseline, k=config.k, backend=config.backend
+            )
+            set_learning_rate(optimizer, config, step)
+            updates = [
+                update_policy(model, optimizer, rollout, advantages, rows, config)
+                for rows in minibatches(config, random_order)
+            ]
+            finished = time.perf_counter()
+
+            record |= describe_rollout(rollout, outcomes, advantages) | describe_updates(updates)
+            record |= {
+                "seconds_rollout": sampled - started,
+                "seconds_verify": verified - sampled,
+                "seconds_update": finished - verified,
+            }
+            write(log, record)
+            progress.show(
+                reward=record["reward"], entropy=record["entropy"], zero=record["zero_fraction"],
+                length=record["response_length"],
+            )  # fmt: skip
+        write(log, {"step": config.steps, "eval": evaluate(model, tokenizer, task, config)})
+
+    checkpoint.save(model, tokenizer, folder / "checkpoint")
+    report.plot([folder], folder / "figure.png")
+    return folder
+
+
+def minibatches(config: TrainConfig, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows of each minibatch: the groups of the rollout in random order, whole groups together."""
+    order = torch.randperm(config.prompts_per_step, generator=generator)
+    for groups in order.chunk(config.minibatches):
+        yield (groups[:, None] * config.group_size + torch.arange(config.group_size)).flatten()
+
+
+def update_policy(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: Advantages,
+    rows: Tensor,
+    config: TrainConfig,
+) -> dict[str, float]:
+    """One optimizer update on the responses `rows`: the DAPO loss, averaged over all their tokens.
+
+    Responses of advantage 0 have no gradient, so they do not enter the model; their tokens stay in the denominator.
+    A minibatch in which no response has credit changes nothing: there is no update then.
+    """
+    rows = rows.to(rollout.response_ids.device)
+    all_tokens = rollout.response_mask[rows].sum()
+    rows = rows[advantages.active[rows]]
+    tokens_trained = int(rollout.response_mask[rows].sum())
+    if not len(rows):
+        return {"tokens": 0}
+    loss_config = PolicyLossConfig(eps_low=config.eps_low, eps_high=config.eps_high, temperature=config.temperature)
+    stats = dict.fromkeys(LOGGED, 0.0)
+    for micro in rows.split(config.micro_batch_size):
+        logits, mask = rollout.logits(model, micro)
+        width = mask.shape[1]
+        output = policy_loss(
+            logits, rollout.response_ids[micro, :width], advantages.advantages[micro],
+            old_logprobs=rollout.logprobs[micro, :width], mask=mask, normalizer=all_tokens,
+            config=loss_config, inplace=True, backend=config.backend,
+        )  # fmt: skip
+        output.loss.backward()
+        share = int(mask.sum()) / tokens_trained
+        for name in LOGGED:
+            value = output.metrics[name].item()
+            stats[name] = max(stats[name], value) if name == "ratio_max" else stats[name] + share * value
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"tokens": tokens_trained, "grad_norm": grad_norm.item(), **stats}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
+    """Linear warm-up, then constant."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+
+def describe_rollout(rollout: Rollout, outcomes: Tensor, advantages: Advantages) -> dict[str, float | None]:
+    """Of all responses; entropies are the sampler's own. None: there was no such token."""
+
+    def mean_entropy(responses: Tensor) -> float | None:
+        mask = rollout.response_mask & responses[:, None]
+        return (rollout.entropy[mask].mean()).item() if mask.any() else None
+
+    values = advantages.advantages
+    return {
+        "reward": outcomes.mean().item(),
+        "entropy": mean_entropy(torch.ones_like(values, dtype=torch.bool)),
+        "entropy_positive": mean_entropy(values > 0),
+        "entropy_negative": mean_entropy(values < 0),
+        "entropy_zero": mean_entropy(values == 0),
+        "zero_fraction": advantages.zero_fraction.item(),
+        "positive_fraction": (values > 0).float().mean().item(),
+        "negative_fraction": (values < 0).float().mean().item(),
+        "response_length": rollout.lengths.float().mean().item(),
+        "truncated_fraction": 1 - rollout.finished.float().mean().item(),
+    }
+
+
+def describe_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Mean over the step's updates (maximum for `ratio_max`); updates without credit are counted, and left out."""
+    made = [u for u in updates if u["tokens"]]
+    record: dict[str, float] = {"updates": len(made), "tokens_trained": sum(u["tokens"] for u in made)}
+    for name in ("grad_norm", *LOGGED):
+        values = [u[name] for u in made] or [0.0]
+        record[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
+    return record
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def start_folder(config: TrainConfig, device: torch.device) -> Path:
+    """Creates the results folder and its config.json: the whole configuration and what it ran on."""
+    folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "config": dataclasses.asdict(config),
+        "versions": {
+            "qae_kernels": qae_kernels.__version__, "torch": torch.__version__,
+            "transformers": transformers.__version__, "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8")
+    return folder
+
+
+def write(log, record: dict[str, Any]) -> None:
+    log.write(json.dumps(record) + "\n")
+    log.flush()
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """Command line to config: the preset's values, changed by the other flags."""
+    preset, _ = tyro.cli(PresetOnly, args=arguments, return_unknown_args=True, add_help=False)
+    return tyro.cli(TrainConfig, args=arguments, default=PRESETS[preset.preset], description=__doc__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PresetOnly:
+    preset: str = "tiny"
+
+
+def main() -> None:
+    config = parse(sys.argv[1:])
+    folder = train(config)
+    print(report.table({config.name: folder}))
+    print(f"\n{folder}/figure.png")
+
+
+if __name__ == "__main__":
+    main()
