@@ -36,7 +36,7 @@ class TaskConfig:
 class WarmStartConfig:
     """Supervised training on worked and direct answers, so that RL starts with some successes and some entropy."""
 
-    steps: int = 600
+    steps: int = 250
     batch_size: int = 128
     learning_rate: float = 2e-3
     warmup_steps: int = 50
@@ -66,12 +66,12 @@ class TrainConfig:
     k: float = 0.4
     """Quantile level of the baseline, strictly between 0 and 1."""
 
-    steps: int = 100
+    steps: int = 150
     """Rollouts."""
     prompts_per_step: int = 32
     group_size: int = 8
     """Responses per prompt, G."""
-    minibatches: int = 2
+    minibatches: int = 4
     """Optimizer updates per rollout; each sees its share of the prompts once."""
     micro_batch_size: int = 256
     """Responses per forward and backward; changes the memory needed and not the result."""
@@ -85,7 +85,7 @@ class TrainConfig:
     eps_low: float = 0.2
     eps_high: float = 0.28
 
-    eval_every: int = 20
+    eval_every: int = 25
     eval_samples: int = 4
     """Responses per held-out problem."""
 

@@ -9,9 +9,12 @@ from .data import ANSWER_MARK, Problem, Task
 
 
 def outcome(text: str, problem: Problem, task: Task) -> float:
-    """1.0 if the text has exactly one answer mark and reasoning-gym accepts what follows it. Partial credit is none."""
+    """1.0 if the text has exactly one answer mark and reasoning-gym accepts what follows it; no partial credit.
+
+    Digits of other scripts, which reasoning-gym reads as numbers, are no answer.
+    """
     _, mark, answer = text.partition(ANSWER_MARK)
-    if not mark or not answer or ANSWER_MARK in answer:
+    if not mark or ANSWER_MARK in answer or not answer.isascii():
         return 0.0
     return float(task.score(answer, problem) == 1.0)
 

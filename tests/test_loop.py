@@ -1,0 +1,346 @@
+"""The training loop: sampler against transformers, data and verifier, one update against its definition, whole runs."""
+
+import dataclasses
+import json
+import random
+from itertools import islice
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from integration import checkpoint, report, train
+from integration.config import ModelConfig, TaskConfig, TrainConfig, WarmStartConfig
+from integration.data import Task, make_tokenizer, worked_answer
+from integration.progress import Progress
+from integration.rewards import outcome, verify
+from integration.rollout import sample
+from integration.warm_start import warm_start
+from qae_kernels import PRESETS, group_advantages
+from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
+
+pytestmark = pytest.mark.xdist_group("loop")  # one worker, so that the warm start below is made once
+
+TINY = TrainConfig(
+    device="cpu", backend="torch", steps=3, prompts_per_step=4, group_size=4, minibatches=2, max_new_tokens=16,
+    eval_every=2, eval_samples=2, model=ModelConfig(),
+    task=TaskConfig(min_terms=2, max_terms=3, held_out=8),
+    warm_start=WarmStartConfig(steps=250, batch_size=64, direct_share=0.3),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Task(TINY.task)
+
+
+@pytest.fixture(scope="module")
+def start(task, tmp_path_factory):
+    """Checkpoint of a model that solves some of the problems some of the time."""
+    folder = tmp_path_factory.mktemp("start")
+    model, tokenizer = checkpoint.new_model(TINY.model, 0, torch.device("cpu"))
+    warm_start(model, tokenizer, task, TINY, Progress(quiet=True))
+    checkpoint.save(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def policy(start):
+    return checkpoint.load(start, torch.device("cpu"))
+
+
+def rollout_of(policy, task, **settings):
+    model, tokenizer = policy
+    problems = list(islice(task.training_problems(3), 4))
+    settings = {"group_size": 4, "max_new_tokens": 12, "generator": torch.Generator().manual_seed(0)} | settings
+    return problems, sample(model, tokenizer, [p.prompt for p in problems], **settings)
+
+
+# --- data and verifier
+
+
+def test_worked_answers_are_right_and_prompts_round_trip():
+    task, tokenizer, rng = Task(TaskConfig(max_digits=2, held_out=16)), make_tokenizer(), random.Random(0)
+    for problem in islice(task.training_problems(1), 200):
+        for direct_share in (0.0, 1.0):
+            answer = worked_answer(problem, rng, direct_share)
+            assert outcome(answer, problem, task) == 1.0, (problem.prompt, answer)
+            ids = tokenizer.encode(problem.prompt + answer)
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == problem.prompt + answer
+
+
+def test_every_step_of_a_worked_answer_is_right():
+    task, rng = Task(TaskConfig(held_out=4)), random.Random(0)
+    for problem in islice(task.training_problems(2), 100):
+        *steps, _ = worked_answer(problem, rng, 0.0).split(";")
+        assert len(steps) == problem.entry["metadata"]["num_terms"] - 1
+        for step in steps:
+            left, right = step.split("=")
+            assert eval(left) == int(right)
+
+
+def test_training_never_meets_a_held_out_problem(task):
+    held_out = {p.expression for p in task.held_out}
+    assert len(held_out) == TINY.task.held_out
+    assert held_out.isdisjoint(p.expression for p in islice(task.training_problems(0), 2000))
+
+
+def test_training_problems_depend_on_the_seed_only(task):
+    first, again, other = ([p.prompt for p in islice(task.training_problems(s), 50)] for s in (5, 5, 6))
+    assert first == again != other
+
+
+def test_an_impossible_number_of_held_out_problems_is_refused():
+    with pytest.raises(ValueError, match="held_out is 1000"):
+        Task(TaskConfig(min_terms=2, max_terms=2, held_out=1000))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "7", "#", "##7", "#7#7", "7#", "#8", "#seven", "#7;", "7#8", "#" + "9" * 10_000, "#7 or 8", 
+     "#__import__('os')", "#\u0667", "#\x00", "#" * 10_000, "#7.5", "#9**9**9**9"],
+)  # fmt: skip
+def test_anything_but_the_answer_scores_zero(text, task):
+    problem = next(p for p in task.training_problems(0) if p.entry["answer"] == "7")
+    assert outcome(text, problem, task) == 0.0
+    assert outcome("6+1=7;#7", problem, task) == 1.0
+
+
+# --- the sampler
+
+
+def test_greedy_samples_are_those_of_generate(policy, task):
+    model, tokenizer = policy
+    problems, ours = rollout_of(policy, task, group_size=1, greedy=True)
+    prompts = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
+    theirs = model.generate(
+        input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, max_new_tokens=12, do_sample=False,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    tokens = theirs.sequences[:, prompts.input_ids.shape[1] :]
+    all_logprobs = torch.stack(theirs.logits, 1).log_softmax(-1)
+    for row, length in enumerate(ours.lengths.tolist()):
+        assert ours.response_ids[row, :length].tolist() == tokens[row, :length].tolist()
+        expected = all_logprobs[row, :length].gather(1, tokens[row, :length, None])[:, 0]
+        torch.testing.assert_close(ours.logprobs[row, :length], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logprobs_and_entropies_are_the_models(policy, task, temperature):
+    """Also checks the rows that `Rollout.logits` hands to the loss: padding, positions, shift."""
+    model, _ = policy
+    _, rollout = rollout_of(policy, task, temperature=temperature)
+    assert len(set(rollout.lengths.tolist())) > 1, "want ragged responses"
+    with torch.no_grad():
+        logits, mask = rollout.logits(model, torch.arange(16))
+    distribution = torch.distributions.Categorical(logits=logits / temperature)
+    torch.testing.assert_close(mask, rollout.response_mask)
+    expected = distribution.log_prob(rollout.response_ids)
+    torch.testing.assert_close(rollout.logprobs[mask], expected[mask], rtol=0, atol=2e-5)
+    torch.testing.assert_close(rollout.entropy[mask], distribution.entropy()[mask], rtol=0, atol=2e-5)
+    assert not rollout.logprobs[~mask].any() and not rollout.entropy[~mask].any()
+
+
+def test_logits_of_some_rows_are_those_of_all_rows(policy, task):
+    model, _ = policy
+    _, rollout = rollout_of(policy, task)
+    rows = rollout.lengths.argsort()[:5]
+    with torch.no_grad():
+        everything, _ = rollout.logits(model, torch.arange(16))
+        some, mask = rollout.logits(model, rows)
+    torch.testing.assert_close(some[mask], everything[rows, : mask.shape[1]][mask], rtol=0, atol=1e-5)
+
+
+def test_dropping_finished_rows_changes_nothing(policy, task, monkeypatch):
+    _, compact = rollout_of(policy, task, greedy=True)
+    monkeypatch.setattr("integration.rollout.COMPACT_SHARE", 2.0)
+    _, whole = rollout_of(policy, task, greedy=True)
+    assert torch.equal(compact.response_ids, whole.response_ids)
+    torch.testing.assert_close(compact.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+
+
+def test_a_response_ends_with_its_end_token_or_the_limit(policy, task):
+    _, tokenizer = policy
+    _, rollout = rollout_of(policy, task, max_new_tokens=3)
+    for ids, length, finished in zip(rollout.response_ids, rollout.lengths.tolist(), rollout.finished, strict=True):
+        ended = (ids[:length] == tokenizer.eos_token_id).nonzero()[:, 0].tolist()
+        assert ended == ([length - 1] if finished else [])
+        assert finished or length == 3
+
+
+def test_samples_follow_the_distribution(policy, task):
+    """First tokens of many samples of one prompt: frequencies within four standard deviations."""
+    model, tokenizer = policy
+    prompt = next(task.training_problems(0)).prompt
+    count = 4000
+    rollout = sample(model, tokenizer, [prompt], group_size=count, max_new_tokens=1,
+                     generator=torch.Generator().manual_seed(1))  # fmt: skip
+    with torch.no_grad():
+        expected = model(**tokenizer([prompt], return_tensors="pt")).logits[0, -1].softmax(-1)
+    observed = torch.bincount(rollout.response_ids[:, 0], minlength=len(expected)) / count
+    assert ((observed - expected).abs() <= 4 * (expected / count).sqrt() + 1e-4).all()
+
+
+# --- one update
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients it was asked to apply."""
+
+    def step(self):
+        self.seen = [p.grad.clone() for p in self.param_groups[0]["params"]]
+        super().step()
+
+
+def credited_rollout(policy, task):
+    problems, rollout = rollout_of(policy, task, generator=torch.Generator().manual_seed(2))
+    outcomes = verify(rollout.texts, problems, task)
+    advantages = group_advantages(outcomes, 4, baseline="quantile", k=0.4, backend="torch")
+    assert 0 < advantages.active.sum() < len(outcomes), "want responses with credit and without"
+    return rollout, advantages
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
+def test_update_is_the_dapo_gradient_of_all_responses(policy, task, micro_batch_size):
+    """Against autograd through the reference on every response, none dropped, after the policy has moved."""
+    model, _ = policy
+    rollout, advantages = credited_rollout(policy, task)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.03 * torch.randn(p.shape, generator=generator)
+
+    logits, mask = rollout.logits(model, torch.arange(16))
+    loss, logprobs, _ = reference_policy_loss(
+        logits, rollout.response_ids, advantages.advantages[:, None].expand(mask.shape), mask / mask.sum(),
+        old_logprobs=rollout.logprobs, config=PRESETS["dapo"],
+    )  # fmt: skip
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    ratio = (logprobs - rollout.logprobs)[mask].exp()
+    assert ((ratio < 0.8) | (ratio > 1.28)).any(), "want ratios beyond the clip bounds"
+
+    config = dataclasses.replace(TINY, micro_batch_size=micro_batch_size, max_grad_norm=1e9)
+    optimizer = Recorder(model.parameters(), lr=0.0)
+    stats = train.update_policy(model, optimizer, rollout, advantages, torch.arange(16), config)
+    for got, want in zip(optimizer.seen, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert stats["tokens"] == int(mask[advantages.active].sum())
+    assert stats["ratio_max"] == pytest.approx(
+        ratio.view(-1)[advantages.active[:, None].expand(mask.shape)[mask]].max().item(), rel=1e-4
+    )
+
+
+def test_update_without_credit_changes_nothing(policy, task):
+    model, _ = policy
+    _, rollout = rollout_of(policy, task)
+    advantages = group_advantages(torch.ones(16), 4, backend="torch")
+    before = [p.clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
+    assert train.update_policy(model, optimizer, rollout, advantages, torch.arange(16), TINY) == {"tokens": 0}
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_minibatches_hold_whole_groups_once():
+    batches = list(train.minibatches(TINY, torch.Generator().manual_seed(0)))
+    assert len(batches) == TINY.minibatches
+    assert sorted(torch.cat(batches).tolist()) == list(range(16))
+    for rows in batches:
+        assert all(len(set(group.tolist())) == 1 for group in (rows // 4).view(-1, 4))
+
+
+# --- whole runs
+
+
+def run(start, tmp_path, **changes):
+    config = dataclasses.replace(TINY, init=start, runs=tmp_path, **changes)
+    return train.train(config, Progress(quiet=True))
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def test_a_run_writes_what_it_should_and_changes_the_model(start, tmp_path):
+    folder = run(start, tmp_path, name="smoke")
+    records = report.read(folder)
+    assert [r["step"] for r in records] == [0, 1, 2, 3]
+    assert [r["step"] for r in records if "eval" in r] == [0, 2, 3]
+    assert sum(r["updates"] for r in records[:-1]) > 0
+    for record in records[:-1]:
+        shares = record["zero_fraction"] + record["positive_fraction"] + record["negative_fraction"]
+        assert shares == pytest.approx(1.0)
+        assert 0 < record["reward"] < 1 and record["entropy"] > 0 and record["response_length"] > 1
+    about = json.loads((folder / "config.json").read_text())
+    assert about["config"]["k"] == 0.4 and about["config"]["task"]["held_out"] == 8
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    before, after = weights(start), weights(folder / "checkpoint")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
+    assert tokenizer.decode(tokenizer.encode("7-0+4=")) == "7-0+4="
+
+
+def test_the_same_seed_gives_the_same_run(start, tmp_path):
+    def numbers(name, **changes):
+        return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in
+                report.read(run(start, tmp_path, name=name, **changes))]  # fmt: skip
+
+    assert numbers("a") == numbers("b") != numbers("c", seed=1)
+
+
+def test_triton_and_pytorch_paths_give_the_same_metrics(start, tmp_path):
+    torch_path = report.read(run(start, tmp_path, name="torch", steps=2, backend="torch"))
+    triton_path = report.read(run(start, tmp_path, name="triton", steps=2, backend="triton"))
+    assert torch_path[0]["updates"] > 0
+    for a, b in zip(torch_path, triton_path, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if not key.startswith("seconds"):
+                same = a[key] == b[key] if a[key] is None else a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
+                assert same, (key, a[key], b[key])
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere"):
+        run(tmp_path / "nowhere", tmp_path)
+
+
+def test_command_line():
+    assert train.parse([]) == TrainConfig()
+    config = train.parse(["--preset", "tiny", "--baseline", "mean", "--task.max-digits", "2", "--k", "0.6"])
+    assert (config.baseline, config.task.max_digits, config.k, config.group_size) == ("mean", 2, 0.6, 8)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [("--k", "1.0", "k must be strictly between 0 and 1; got 1.0"),
+     ("--minibatches", "3", "minibatches (3) must divide prompts_per_step (32)"),
+     ("--group-size", "0", "group_size must be at least 1; got 0"),
+     ("--temperature", "0", "temperature must be positive; got 0")],
+)  # fmt: skip
+def test_command_line_names_what_is_wrong(flag, value, message, capsys):
+    with pytest.raises(SystemExit):
+        train.parse([flag, value])
+    printed = "".join(capsys.readouterr().err.replace("│", "").split())
+    assert message.replace(" ", "") in printed
+
+
+def test_table_and_figure_come_from_the_metrics(start, tmp_path):
+    folder = run(start, tmp_path, name="one")
+    row = report.summary(folder)
+    records = report.read(folder)
+    assert row["pass@1 before"] == records[0]["eval"]["pass@1"] and row["pass@1 after"] == records[-1]["eval"]["pass@1"]
+    assert row["zero-advantage share"] == pytest.approx(sum(r["zero_fraction"] for r in records[:-1]) / 3)
+    lines = report.table({"one": folder}).splitlines()
+    assert len(lines) == 3 and lines[2].startswith(f"| one | {row['pass@1 before']:.3f}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("baseline", ["mean", "quantile"])
+def test_reinforcement_learning_raises_held_out_accuracy(start, tmp_path, baseline):
+    settings = {
+        "steps": 40, "prompts_per_step": 16, "group_size": 8, "eval_every": 40, "eval_samples": 8,
+        "max_new_tokens": 24, "task": dataclasses.replace(TINY.task, held_out=64),
+    }  # fmt: skip
+    row = report.summary(run(start, tmp_path, name=baseline, baseline=baseline, **settings))
+    assert row["pass@1 after"] > row["pass@1 before"] + 0.1
