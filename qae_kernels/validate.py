@@ -82,7 +82,7 @@ def policy_loss_cases(
         for dtype_name in dtypes:
             for config_name, config in CONFIGS.items():
                 case = f"policy_loss {config_name} V={vocab} {dtype_name}"
-                inputs = make_inputs(vocab, DTYPES[dtype_name], device)
+                inputs = make_inputs(vocab, DTYPES[dtype_name], device, config.temperature)
                 truth = with_reference(inputs, config, torch.float64)
                 plain = with_reference(inputs, config, DTYPES[dtype_name])
 
@@ -108,12 +108,12 @@ def policy_loss_cases(
                 yield Result(case, "bits changed on repeat", different, None, 0)
 
 
-def make_inputs(vocab: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def make_inputs(vocab: int, dtype: torch.dtype, device: torch.device, temperature: float) -> dict[str, Tensor]:
     """Four responses of three tokens: credit of both signs, one without, ratios inside and outside of the clip."""
     generator = torch.Generator().manual_seed(vocab)
     logits = (3 * torch.randn(4, 3, vocab, generator=generator)).to(dtype)
     tokens = torch.randint(vocab, (4, 3), generator=generator)
-    logprobs = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    logprobs = (logits.float() / temperature).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     inputs = {
         "logits": logits, "tokens": tokens, "advantages": torch.tensor([1.5, 0.0, -0.5, -2.0]),
         "old_logprobs": logprobs + 0.4 * torch.randn(4, 3, generator=generator),
