@@ -201,7 +201,7 @@ class _PolicyLoss(torch.autograd.Function):
         backend = _vocabulary_backend(use_triton)
         dlogits = None
         if needs_grad:
-            dlogits = logits.detach() if inplace else logits.new_empty(logits.shape)
+            dlogits = logits.detach() if inplace else backend.new_gradient(logits)
         losses, logprobs, entropy = backend.policy_loss_rows(
             logits.detach(), dlogits, tokens, weights, advantages, old, ref, rollout, config
         )

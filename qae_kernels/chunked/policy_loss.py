@@ -11,7 +11,12 @@ from torch import Tensor
 
 from ..config import PolicyLossConfig
 from ..reference.objectives import token_losses
-from .token_stats import chunks, row_statistics, rows_of, write_row_gradient
+from .token_stats import chunks, put_rows, row_statistics, write_row_gradient
+
+
+def new_gradient(logits: Tensor) -> Tensor:
+    """Zeros: the rows without credit are then never touched."""
+    return logits.new_zeros(logits.shape)
 
 
 def policy_loss_rows(
@@ -25,7 +30,10 @@ def policy_loss_rows(
     rollout_weights: Tensor | None,
     config: PolicyLossConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills dlogits (which may be logits) unless None. Returns (weighted loss of each row, logprobs, entropy)."""
+    """Fills dlogits (from `new_gradient`, or the logits themselves) unless None.
+
+    Returns (weighted loss of each row, logprobs, entropy).
+    """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     vocab = logits.shape[-1]
     losses = torch.zeros(tokens.numel(), dtype=dtype, device=logits.device)
@@ -52,8 +60,9 @@ def policy_loss_rows(
     active = unmasked & (credit != 0) if config.skips_zero_credit else unmasked
     for rows in chunks((unmasked & ~active).nonzero()[:, 0], vocab, dtype):
         one_chunk(rows, write=False)
-    if dlogits is not None:
-        dlogits[rows_of(dlogits, (~active).nonzero()[:, 0])] = 0
+    if dlogits is not None and dlogits.data_ptr() == logits.data_ptr():  # in place; a new gradient is born zero
+        for rows in chunks((~active).nonzero()[:, 0], vocab, dtype):
+            put_rows(dlogits, rows, 0)
     for rows in chunks(active.nonzero()[:, 0], vocab, dtype):
         one_chunk(rows, write=dlogits is not None)
     return losses, logprobs, entropy

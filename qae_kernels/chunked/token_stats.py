@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 16 * 2**20  # of the scratch that one chunk of logits takes; two such live at a time
+CHUNK_BYTES = 4 * 2**20  # of the scratch that one chunk of logits takes; two such live at a time, and fit a cache
 LOWEST = -1e30  # stands for -inf where 0 * inf would be NaN
 
 
@@ -27,9 +27,30 @@ class RowStatistics:
     entropy: Tensor
 
 
-def rows_of(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-    """Index that picks the given rows [n] of x [N, V] or [B, T, V], whatever its strides."""
-    return (rows,) if x.dim() == 2 else (rows // x.shape[1], rows % x.shape[1])
+def _rows_index(x: Tensor, rows: Tensor) -> tuple[Tensor, slice | Tensor | tuple[Tensor, Tensor]]:
+    """(view, index) such that view[index] is the given rows [n > 0] of x [N, V] or [B, T, V], whatever its strides.
+
+    Neighbouring rows become a slice, which is read and written without an index.
+    """
+    if x.dim() == 3:
+        if x.stride(0) != x.shape[1] * x.stride(1):
+            return x, (rows // x.shape[1], rows % x.shape[1])
+        x = x.flatten(0, 1)
+    first, last = int(rows[0]), int(rows[-1])
+    return x, slice(first, last + 1) if last - first + 1 == rows.numel() else rows
+
+
+def take_rows(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy [n, V] of the given rows, which rise."""
+    view, index = _rows_index(x, rows)
+    picked = view[index]
+    return picked.to(dtype, copy=isinstance(index, slice))
+
+
+def put_rows(x: Tensor, rows: Tensor, values: Tensor | float) -> None:
+    """x[rows] = values."""
+    view, index = _rows_index(x, rows)
+    view[index] = values.to(x.dtype) if isinstance(values, Tensor) else values
 
 
 def chunks(rows: Tensor, vocab: int, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -39,7 +60,7 @@ def chunks(rows: Tensor, vocab: int, dtype: torch.dtype) -> Iterator[Tensor]:
 
 def row_statistics(logits: Tensor, rows: Tensor, tokens: Tensor, temperature: float) -> RowStatistics:
     """Statistics of the given rows; tokens [n] are those rows' tokens."""
-    z = logits[rows_of(logits, rows)].to(torch.promote_types(logits.dtype, torch.float32))
+    z = take_rows(logits, rows, torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1:
         z.div_(temperature)
     z.sub_(z.amax(1, keepdim=True))
@@ -66,7 +87,7 @@ def write_row_gradient(
         dx = stats.logits.mul_(slope[:, None]).add_(constant[:, None]).mul_(stats.terms)
     at_token = torch.where(stats.logprobs == -torch.inf, 0, dlogp / temperature)
     dx.scatter_add_(1, tokens[:, None].long(), at_token[:, None])
-    dlogits[rows_of(dlogits, rows)] = dx.to(dlogits.dtype)
+    put_rows(dlogits, rows, dx)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -89,7 +110,7 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, dlogprobs, dentropy):
         logits, tokens, mask = ctx.saved_tensors
         dlogprobs, dentropy, tokens = dlogprobs.reshape(-1), dentropy.reshape(-1), tokens.reshape(-1)
-        dlogits = torch.zeros_like(logits)
+        dlogits = logits.new_zeros(logits.shape)
         wanted = mask.reshape(-1) & ((dlogprobs != 0) | (dentropy != 0))
         for rows in chunks(wanted.nonzero()[:, 0], logits.shape[-1], dlogprobs.dtype):
             stats = row_statistics(logits, rows, tokens[rows], ctx.temperature)

@@ -15,7 +15,7 @@ def clip(logprob, old_logprob, advantage, hyper):
     ratio = tl.exp(logprob - old_logprob)
     free = -ratio * advantage
     bounded = -tl.minimum(tl.maximum(ratio, 1 - eps_low), 1 + eps_high) * advantage
-    ceiling = tl.where(advantage < 0, -dual_clip * advantage, float("inf"))
+    ceiling = tl.where(advantage < 0, dual_clip, float("inf")) * tl.where(advantage < 0, -advantage, 1.0)
     # Comparisons are put so that a NaN ratio is passed on, not replaced by a bound.
     loss = tl.where(free < bounded, bounded, free)
     dlogp = tl.where((free < bounded) | (free > ceiling), 0.0, free)

@@ -96,6 +96,11 @@ def scale_kernel(dx_ptr, stride_b, stride_t, factor_ptr, T, V: tl.constexpr, BLO
             tl.store(dx_row + start + offs, (dx * factor).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+def new_gradient(logits: torch.Tensor) -> torch.Tensor:
+    """Not filled: the kernel writes every element."""
+    return logits.new_empty(logits.shape)
+
+
 def policy_loss_rows(
     logits: torch.Tensor,
     dlogits: torch.Tensor | None,
@@ -107,7 +112,7 @@ def policy_loss_rows(
     rollout_weights: torch.Tensor | None,
     config: PolicyLossConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launches the kernel once; fills dlogits (which may be logits) unless None.
+    """Launches the kernel once; fills dlogits (from `new_gradient`, or the logits themselves) unless None.
 
     Returns (weighted loss of each row, logprobs, entropy), f32, shape of tokens.
     """

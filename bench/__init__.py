@@ -1,0 +1,1 @@
+"""Micro-benchmarks: ours against peers, after both have been checked against the reference."""
