@@ -9,12 +9,12 @@ from .data import ANSWER_MARK, Problem, Task
 
 
 def outcome(text: str, problem: Problem, task: Task) -> float:
-    """1.0 if the text has exactly one answer mark and reasoning-gym accepts what follows it; no partial credit.
+    """1.0 if reasoning-gym accepts what follows the first answer mark in full; no partial credit.
 
     Digits of other scripts, which reasoning-gym reads as numbers, are no answer.
     """
     _, mark, answer = text.partition(ANSWER_MARK)
-    if not mark or ANSWER_MARK in answer or not answer.isascii():
+    if not mark or not answer.isascii():
         return 0.0
     return float(task.score(answer, problem) == 1.0)
 

@@ -198,5 +198,11 @@ def normalizer(value: Any, validate: bool) -> None:
         raise ValueError(f"normalizer must be a count of tokens or sequences, >= 0; got {value!r}")
 
 
+def no_double_backward(name: str) -> None:
+    """To be called in a backward, which autograd runs with gradients enabled under create_graph=True only."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} cannot be differentiated twice: its gradient has no graph (create_graph=True)")
+
+
 def _short(values: list, most: int = 8) -> str:
     return str(values) if len(values) <= most else str(values[:most])[:-1] + ", ...]"

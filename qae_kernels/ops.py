@@ -208,12 +208,13 @@ class _PolicyLoss(torch.autograd.Function):
         if needs_grad and inplace:
             torch.autograd.graph.increment_version(logits)  # whoever saved these logits must hear that they are gone
         ctx.dlogits, ctx.backend = dlogits, backend
+        logprobs, entropy = logprobs.view(tokens.shape), entropy.view(tokens.shape)
         ctx.mark_non_differentiable(logprobs, entropy)
-        return losses.sum(), logprobs.view(tokens.shape), entropy.view(tokens.shape)
+        return losses.sum(), logprobs, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, _dlogprobs, _dentropy):
+        checks.no_double_backward("policy_loss")
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None:
             raise RuntimeError(

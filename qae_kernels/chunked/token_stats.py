@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import no_double_backward
+
 CHUNK_BYTES = 4 * 2**20  # of the scratch that one chunk of logits takes; two such live at a time, and fit a cache
 LOWEST = -1e30  # stands for -inf where 0 * inf would be NaN
 
@@ -106,8 +108,8 @@ class TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dlogprobs, dentropy):
+        no_double_backward("token_logprobs")
         logits, tokens, mask = ctx.saved_tensors
         dlogprobs, dentropy, tokens = dlogprobs.reshape(-1), dentropy.reshape(-1), tokens.reshape(-1)
         dlogits = logits.new_zeros(logits.shape)

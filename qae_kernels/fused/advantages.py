@@ -34,8 +34,8 @@ def _members(order_ptr, first, start, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _key(x):
-    """int64 in [0, 2^32) that orders like the float; -0.0 counts as 0.0."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    """int64 in [0, 2^32) that orders like the float."""
+    bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + BIAS
 
 
@@ -157,8 +157,9 @@ def group_advantages_kernel(
         std = tl.where(freedom > 0, tl.sqrt(squares / tl.where(freedom > 0, freedom, 1.0)), 0.0).to(tl.float32)
 
         if k_ptr is not None:
-            group_k = tl.load(k_ptr + group)
-            group_k_nano = (group_k.to(tl.float64) * NANO + 0.5).to(tl.int64) - TENSOR_K_SLACK
+            level = tl.load(k_ptr + group)
+            group_k = level.to(tl.float32)
+            group_k_nano = (level.to(tl.float64) * NANO + 0.5).to(tl.int64) - TENSOR_K_SLACK
         else:
             group_k = k
             group_k_nano = k_nano

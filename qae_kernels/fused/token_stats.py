@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..checks import no_double_backward
+
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where -inf - -inf or 0 * inf would be NaN
@@ -214,8 +216,8 @@ class TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dlogprobs, dentropy):
+        no_double_backward("token_logprobs")
         logits, tokens, mask, peak, log2_sum, entropy = ctx.saved_tensors
         x, stride_b, stride_t, T = as_rows(logits)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

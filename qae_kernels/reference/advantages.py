@@ -80,7 +80,8 @@ def group_advantages(
         center = mean
     elif baseline == "leave_one_out":  # r - mean of the others = (r - mean) G / (G - 1)
         center = mean
-        gain = torch.where(members.sizes > 1, members.sizes / (members.sizes - 1).clamp(min=1), 0).to(dtype)
+        sizes = members.sizes.to(dtype)
+        gain = torch.where(sizes > 1, sizes / (sizes - 1).clamp(min=1), 0)
     else:
         center = torch.zeros_like(mean)
 

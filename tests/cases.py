@@ -1,0 +1,134 @@
+"""Small batches for the loss tests, in both layouts, and what the float64 reference says about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qae_kernels import PolicyLossConfig, policy_loss, token_weights
+from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
+from qae_kernels.reference.token_stats import token_logprobs as reference_token_logprobs
+
+LAYOUTS = ("padded", "packed")
+PACKED_LENGTHS = (5, 1, 0, 6, 4)
+PADDED_LENGTHS = (6, 3, 5)
+LOG_RATIOS = (0.4, -0.5, 0.1, 0.5, -0.4, -0.1, 0.9)  # clip bounds of DAPO: -0.22 and 0.25
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of `policy_loss`. `per_response` [B] goes with the same logits as the per-token `advantages`."""
+
+    logits: Tensor
+    tokens: Tensor
+    advantages: Tensor
+    mask: Tensor
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor
+    rollout_weights: Tensor
+    per_response: Tensor
+    cu_seqlens: Tensor | None
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value per response -> one per token; written independently of the package."""
+        if values.shape == self.tokens.shape:
+            return values
+        if self.cu_seqlens is None:
+            return torch.stack([v.expand(self.tokens.shape[1]) for v in values])
+        ends = self.cu_seqlens.tolist()
+        return torch.cat([v.expand(b - a) for v, a, b in zip(values, ends, ends[1:], strict=False)])
+
+    def rows(self, index: Tensor) -> Batch:
+        """The given rows of a packed batch, without its responses."""
+        fields = ("logits", "tokens", "advantages", "mask", "old_logprobs", "ref_logprobs", "rollout_weights")
+        return replace(self, cu_seqlens=None, **{name: getattr(self, name)[index] for name in fields})
+
+
+def make_batch(
+    vocab: int = 57,
+    layout: str = "packed",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    *,
+    temperature: float = 1.0,
+    lengths: tuple[int, ...] | None = None,
+    spread: float = 2.0,
+    seed: int = 0,
+) -> Batch:
+    """Ratios lie on both sides of both clip bounds; credit of both signs and none; masked rows in the middle."""
+    draw = torch.Generator().manual_seed(seed)
+    if layout == "packed":
+        lengths = PACKED_LENGTHS if lengths is None else lengths
+        shape = (sum(lengths),)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device)
+        mask = torch.ones(shape, dtype=torch.bool)
+        mask[1::4] = False
+    else:
+        lengths = PADDED_LENGTHS if lengths is None else lengths
+        shape = (len(lengths), max(lengths))
+        cu_seqlens = None
+        mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+        mask[:, 1] = mask[:, 1] & (torch.arange(shape[0]) % 2 == 0)
+    logits = (spread * torch.randn(*shape, vocab, generator=draw)).to(dtype)
+    tokens = torch.randint(0, vocab, shape, generator=draw)
+    logprobs, _ = reference_token_logprobs(logits.double(), tokens, temperature=temperature)
+    noise = 0.4 * torch.randn(3, *shape, generator=draw)
+    log_ratio = torch.tensor(LOG_RATIOS).repeat(-(-tokens.numel() // 7))[: tokens.numel()].view(shape) + 0.1 * noise[0]
+    advantages = torch.randn(shape, generator=draw)
+    advantages.view(-1)[::5] = 0
+    per_response = torch.tensor([1.25, -0.75, 2.0, 0.0, -1.5, 0.5])[: len(lengths)]
+    batch = Batch(
+        logits, tokens, advantages, mask, (logprobs - log_ratio).float(), (logprobs + noise[1]).float(),
+        noise[2].exp(), per_response, cu_seqlens,
+    )  # fmt: skip
+    return replace(batch, **{name: value.to(device) for name, value in vars(batch).items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+    dlogits: Tensor | None
+
+
+def optional_arguments(batch: Batch, *, on_policy=False, per_response=False, rollout=False, ref=False, packed=True):
+    """(advantages, keyword arguments of policy_loss) for a choice of optional inputs."""
+    keywords = {"mask": batch.mask, "old_logprobs": None if on_policy else batch.old_logprobs}
+    if packed:
+        keywords["cu_seqlens"] = batch.cu_seqlens
+    if rollout:
+        keywords["rollout_weights"] = batch.rollout_weights
+    if ref:
+        keywords["ref_logprobs"] = batch.ref_logprobs
+    return batch.per_response if per_response else batch.advantages, keywords
+
+
+def run(batch: Batch, advantages: Tensor, config: PolicyLossConfig, upstream: float = 1.0, **keywords) -> Result:
+    """`policy_loss` and the gradient of its logits, from a fresh leaf."""
+    logits = batch.logits.clone().requires_grad_()
+    out = policy_loss(logits, batch.tokens, advantages, config=config, **keywords)
+    (out.loss * upstream).backward()
+    return Result(out.loss.detach(), out.logprobs, out.entropy, logits.grad)
+
+
+def reference(
+    batch: Batch, advantages: Tensor, config: PolicyLossConfig, *, dtype: torch.dtype = torch.float64, mask=None,
+    old_logprobs=None, ref_logprobs=None, rollout_weights=None, cu_seqlens=None, normalizer=None,
+) -> Result:  # fmt: skip
+    """The same in plain PyTorch, in float64 unless told otherwise."""
+    logits = batch.logits.detach().to(dtype).requires_grad_()
+    mask = torch.ones_like(batch.tokens, dtype=torch.bool) if mask is None else mask != 0
+    weights = token_weights(
+        mask, config.aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer,
+        loss_scale_factor=config.loss_scale_factor, dtype=dtype,
+    )  # fmt: skip
+    optional = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights}
+    optional = {name: None if x is None else batch.spread(x.to(dtype)) for name, x in optional.items()}
+    loss, logprobs, entropy = reference_policy_loss(
+        logits, batch.tokens, batch.spread(advantages.to(dtype)), weights, config=config, **optional
+    )
+    loss.backward()
+    return Result(loss.detach(), logprobs.detach(), entropy.detach(), logits.grad)

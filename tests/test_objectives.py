@@ -1,0 +1,147 @@
+"""Each objective and KL estimate: Triton's value against its PyTorch twin, Triton's derivative against autograd."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from qae_kernels import PolicyLossConfig
+from qae_kernels.config import KLEstimator, Objective
+from qae_kernels.fused import objectives as fused
+from qae_kernels.reference import objectives as reference
+
+ROUNDING = 1e-6  # relative; exp and a few products in float32
+
+
+@triton.jit
+def objective_kernel(logprobs_ptr, old_ptr, advantages_ptr, loss_ptr, dlogp_ptr, hyper, OBJECTIVE: tl.constexpr):
+    at = tl.program_id(0)
+    loss, dlogp = OBJECTIVE(tl.load(logprobs_ptr + at), tl.load(old_ptr + at), tl.load(advantages_ptr + at), hyper)
+    tl.store(loss_ptr + at, loss)
+    tl.store(dlogp_ptr + at, dlogp)
+
+
+@triton.jit
+def kl_kernel(logprobs_ptr, ref_ptr, kl_ptr, dlogp_ptr, KL: tl.constexpr):
+    at = tl.program_id(0)
+    kl, dlogp = KL(tl.load(logprobs_ptr + at), tl.load(ref_ptr + at))
+    tl.store(kl_ptr + at, kl)
+    tl.store(dlogp_ptr + at, dlogp)
+
+
+def in_triton(name, logprobs, old, advantages, hyper):
+    loss, dlogp = torch.empty_like(logprobs), torch.empty_like(logprobs)
+    objective_kernel[(len(logprobs),)](
+        logprobs, old, advantages, loss, dlogp, tuple(map(float, hyper)), OBJECTIVE=fused.OBJECTIVES[name]
+    )
+    return loss, dlogp
+
+
+def in_torch(function, logprobs, *constants):
+    """(value, derivative by logprobs) in float64, elementwise."""
+    logprobs = logprobs.double().requires_grad_()
+    value = function(logprobs, *(c.double() if isinstance(c, torch.Tensor) else c for c in constants))
+    return value.detach(), torch.autograd.grad(value.sum(), logprobs)[0]
+
+
+def assert_close(got, exact):
+    torch.testing.assert_close(got.double(), exact, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_same_names():
+    """What the config offers exists twice, under one name and nowhere else."""
+    assert set(fused.OBJECTIVES) == set(reference.OBJECTIVES) == set(Objective.__args__)
+    assert set(fused.KL_ESTIMATORS) == set(reference.KL_ESTIMATORS) == set(KLEstimator.__args__)
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.5, 3.0])
+@pytest.mark.parametrize(("eps_low", "eps_high"), [(0.2, 0.28), (0.0, 0.0), (1.0, 5.0), (3e-4, 4e-4)])
+@pytest.mark.parametrize("name", fused.OBJECTIVES)
+def test_objective(name, eps_low, eps_high, dual_clip, device):
+    """Ratios within and beyond both bounds and the dual clip, and extreme ones; advantages of both signs and 0."""
+    config = PolicyLossConfig(objective=name, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip)
+    hyper = reference.hyper_parameters(config)
+    bounds = [1 - eps_low, 1 + eps_high, dual_clip or 1]
+    ratios = [0.1, 0.5, 0.9, 1.1, 2.0, 4.0, 50.0, *(b * f for b in bounds if b for f in (1 - 1e-4, 1 + 1e-4))]
+    grid = torch.tensor(list(itertools.product(ratios, [-2.0, -0.3, 0.0, 0.7, 1.5])), device=device)
+    old = torch.linspace(-9, -0.5, len(grid), device=device)
+    logprobs, advantages = old + grid[:, 0].log(), grid[:, 1].contiguous()
+    got = in_triton(name, logprobs, old, advantages, hyper)
+    exact = in_torch(reference.OBJECTIVES[name], logprobs, old, advantages, hyper)
+    for value, expected in zip(got, exact, strict=True):
+        assert_close(value, expected)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("side", ["low", "high"])
+def test_clip_exactly_at_the_bound(side, advantage, device):
+    """There the free term and the bounded one are equal, and the gradient flows; a step beyond, it is stopped."""
+    old = torch.tensor([-2.0], device=device)
+    logprobs = old + (0.25 if side == "high" else -0.25)
+    # The ratio as this machine computes it, from the loss without effective bounds: the bound is put exactly there.
+    free, _ = in_triton("clip", logprobs, old, torch.tensor([-1.0], device=device), (1, 9, math.inf))
+    exact, _ = in_torch(lambda lp, old: (lp - old).exp(), logprobs, old)
+    for computed, function in (
+        (free, lambda *hyper: in_triton("clip", logprobs, old, torch.tensor([advantage], device=device), hyper)),
+        (
+            exact,
+            lambda *hyper: in_torch(reference.clip, logprobs, old, torch.tensor([advantage], device=device), hyper),
+        ),
+    ):
+        ratio = computed.item()
+        for beyond in (False, True):
+            distance = abs(ratio - 1) * (0.999 if beyond else 1)
+            loss, dlogp = function(*((9e-4, distance) if side == "high" else (distance, 9e-4)), math.inf)
+            stopped = beyond and (advantage > 0) == (side == "high")
+            assert dlogp.item() == (0 if stopped else -ratio * advantage)
+            assert loss.item() == pytest.approx(-ratio * advantage, rel=3e-4)
+
+
+def test_clip_by_hand(device):
+    """Numbers from the definition: eps 0.2 and 0.28, dual clip 3."""
+    ratio = torch.tensor([0.5, 0.5, 1.0, 1.0, 1.5, 1.5, 4.0], device=device)
+    advantages = torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, -2.0, -2.0], device=device)
+    loss, dlogp = in_triton("clip", ratio.log(), torch.zeros_like(ratio), advantages, (0.2, 0.28, 3.0))
+    assert loss.tolist() == pytest.approx([-1.0, 1.6, -2.0, 2.0, -2.56, 3.0, 6.0], rel=1e-6)
+    assert dlogp.tolist() == pytest.approx([-1.0, 0.0, -2.0, 2.0, 0.0, 3.0, 0.0], rel=1e-6)
+
+
+def test_clip_passes_nan_on(device):
+    """A NaN ratio is not replaced by a bound, in either direction."""
+    nan, advantages = torch.full((2,), torch.nan, device=device), torch.tensor([1.0, -1.0], device=device)
+    for dual_clip in (3.0, math.inf):
+        for value in in_triton("clip", nan, torch.zeros_like(nan), advantages, (0.2, 0.28, dual_clip)):
+            assert value.isnan().all()
+
+
+@pytest.mark.parametrize("name", fused.KL_ESTIMATORS)
+def test_kl_estimator(name, device):
+    difference = torch.tensor([-3.0, -0.5, -1e-3, 0.0, 1e-3, 0.5, 3.0], device=device)
+    logprobs = torch.linspace(-7, -0.5, 7, device=device)
+    ref = logprobs + difference
+    kl, dlogp = torch.empty_like(ref), torch.empty_like(ref)
+    kl_kernel[(7,)](logprobs, ref, kl, dlogp, KL=fused.KL_ESTIMATORS[name])
+    exact, exact_derivative = in_torch(reference.KL_ESTIMATORS[name], logprobs, ref)
+    assert_close(kl, exact)
+    assert_close(dlogp, exact_derivative)
+    d = (ref.double() - logprobs.double()).tolist()
+    by_hand = {"k1": [-x for x in d], "k2": [x * x / 2 for x in d], "k3": [math.exp(x) - 1 - x for x in d]}[name]
+    assert exact.tolist() == pytest.approx(by_hand, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+def test_token_losses(kl_coef, entropy_coef):
+    """rollout_weight * objective + kl_coef * KL - entropy_coef * entropy, term by term."""
+    config = PolicyLossConfig(kl_coef=kl_coef, entropy_coef=entropy_coef)
+    draw = torch.Generator().manual_seed(0)
+    logprobs, old, ref, entropy, advantages = torch.randn(5, 20, dtype=torch.float64, generator=draw)
+    rollout = torch.rand(20, dtype=torch.float64, generator=draw)
+    rollout[:3] = advantages[3:6] = 0
+    got = reference.token_losses(logprobs, entropy, advantages, old, ref, rollout, config)
+    objective = reference.clip(logprobs, old, advantages, (config.eps_low, config.eps_high, math.inf))
+    expected = rollout * objective + kl_coef * reference.k3(logprobs, ref) - entropy_coef * entropy
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=1e-14)

@@ -1,0 +1,166 @@
+"""What may import what, what is public under which parameter names, and that the tests' own poison works."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qae_kernels
+
+ROOT = Path(qae_kernels.__file__).parent
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+FRAMEWORKS = {"transformers", "trl", "verl"}
+# Every layer with the layers that it may import; a file's layer is its folder, or its name at the top.
+LAYERS = {
+    "checks": set(),
+    "outputs": set(),
+    "aggregation": set(),
+    "config": {"checks"},
+    "credit": {"checks", "config", "aggregation", "outputs"},
+    "reference": {"checks", "config", "aggregation", "outputs", "credit"},
+    "fused": {"checks", "config", "aggregation", "outputs", "credit"},
+    "chunked": {"checks", "config", "aggregation", "outputs", "credit", "reference"},
+    "metrics": {"checks", "config", "aggregation", "outputs", "credit", "reference"},
+    "ops": {"checks", "config", "aggregation", "outputs", "credit", "reference", "fused", "chunked", "metrics"},
+}
+BELOW_THE_TOP = set(LAYERS)
+
+
+def layer(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute module names that a file imports, at any depth of its code."""
+    package = ["qae_kernels", *path.parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_import_direction(path):
+    names = {tuple(name.split(".")) for name in imports(path)}
+    layers = {parts[1] for parts in names if parts[0] == "qae_kernels" and len(parts) > 1} & BELOW_THE_TOP
+    allowed = LAYERS.get(layer(path), BELOW_THE_TOP) | {layer(path)}
+    assert layers <= allowed, f"{path} imports {sorted(layers - allowed)}"
+    outside = {parts[0] for parts in names}
+    if layer(path) != "adapters":
+        assert not outside & FRAMEWORKS
+    if layer(path) in LAYERS and layer(path) != "fused":
+        assert "triton" not in outside
+
+
+def test_imports_are_seen():
+    """The parser above sees relative imports, those inside functions, and those of a module from its package."""
+    assert {
+        "torch",
+        "qae_kernels.checks",
+        "qae_kernels.fused.policy_loss",
+        "qae_kernels.reference.advantages",
+    } <= imports(Path("ops.py"))
+    assert {"qae_kernels.fused.objectives", "qae_kernels.config", "triton"} <= imports(Path("fused/policy_loss.py"))
+
+
+@pytest.mark.parametrize("used", ["", "; torch_only()"], ids=["import", "call"])
+def test_triton_is_imported_only_when_it_runs(used):
+    """A machine without Triton can import the package and run its PyTorch path."""
+    code = f"""
+import sys, torch, qae_kernels as q
+def torch_only():
+    logits = torch.zeros(4, 3, requires_grad=True)
+    tokens = torch.zeros(4, dtype=torch.long)
+    q.qae_dapo_loss(logits, tokens, torch.tensor([1., 0, 0, 0]), 4, cu_seqlens=torch.arange(5)).loss.backward()
+    q.token_logprobs(logits, tokens)
+{used.strip("; ")}
+sys.exit("triton.language" in sys.modules)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, env=environment, check=True)
+
+
+SIGNATURES = {
+    "group_advantages": "rewards groups baseline k outcomes interpolation scale eps correction backend",
+    "quantile_advantages": "rewards groups k outcomes interpolation scale eps correction backend",
+    "policy_loss": "logits tokens advantages old_logprobs mask cu_seqlens ref_logprobs rollout_weights normalizer "
+    "config inplace backend",
+    "qae_dapo_loss": "logits tokens rewards groups cu_seqlens mask old_logprobs k eps_low eps_high backend",
+    "token_logprobs": "logits tokens temperature backend",
+    "PolicyLossConfig": "objective ratio aggregation eps_low eps_high dual_clip kl_coef kl_estimator entropy_coef "
+    "temperature",
+}
+POSITIONAL = {
+    "group_advantages": "rewards groups",
+    "quantile_advantages": "rewards groups k",
+    "policy_loss": "logits tokens advantages",
+    "qae_dapo_loss": "logits tokens rewards groups",
+    "token_logprobs": "logits tokens",
+}
+DEFAULTS = {
+    "group_advantages": {"k": 0.4, "outcomes": None, "scale": "std", "eps": 1e-6, "baseline": "quantile"},
+    "quantile_advantages": {"k": 0.4, "interpolation": "inverted_cdf", "scale": "std", "eps": 1e-6, "correction": 1},
+    "policy_loss": {"old_logprobs": None, "config": qae_kernels.PRESETS["dapo"], "inplace": False, "backend": "auto"},
+    "qae_dapo_loss": {"k": 0.4, "eps_low": 0.2, "eps_high": 0.28},
+    "token_logprobs": {"temperature": 1.0},
+    "PolicyLossConfig": {"eps_low": 0.2, "eps_high": 0.28, "dual_clip": None, "kl_coef": 0.0, "kl_estimator": "k3",
+                         "entropy_coef": 0.0, "temperature": 1.0, "aggregation": "token-mean", "objective": "clip"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_public_signature(name):
+    """The names that callers use; more may be added, none renamed."""
+    parameters = inspect.signature(getattr(qae_kernels, name)).parameters
+    assert set(SIGNATURES[name].split()) <= set(parameters)
+    for parameter, default in DEFAULTS[name].items():
+        assert parameters[parameter].default == default, parameter
+    if name in POSITIONAL:
+        by_position = [p.name for p in parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+        assert by_position == POSITIONAL[name].split()
+
+
+def test_presets():
+    """Published settings; see the papers cited beside them."""
+    presets = qae_kernels.PRESETS
+    assert (presets["dapo"].eps_low, presets["dapo"].eps_high, presets["dapo"].aggregation) == (0.2, 0.28, "token-mean")
+    assert (presets["grpo"].eps_high, presets["grpo"].aggregation) == (0.2, "seq-mean-token-mean")
+    assert (presets["bnpo"].eps_high, presets["bnpo"].aggregation) == (0.2, "token-mean")
+    assert (presets["dr_grpo"].eps_high, presets["dr_grpo"].aggregation) == (0.2, "seq-mean-token-sum-norm")
+    assert all(preset.skips_zero_credit for preset in presets.values())
+
+
+def test_everything_public_is_documented():
+    assert set(qae_kernels.__all__) <= set(vars(qae_kernels))
+    for name in qae_kernels.__all__:
+        value = getattr(qae_kernels, name)
+        if callable(value):
+            assert inspect.getdoc(value) and not inspect.getdoc(value).startswith(f"{name}("), name
+    for path in FILES:
+        assert ast.get_docstring(ast.parse((ROOT / path).read_text())), f"{path} has no docstring"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.bool])
+def test_fresh_memory_is_poisoned(dtype, device):
+    like = torch.zeros(3, dtype=dtype, device=device)
+    for fresh in (
+        torch.empty(3, dtype=dtype, device=device),
+        torch.empty((3, 2), dtype=dtype, device=device),
+        torch.empty_like(like),
+        torch.empty_strided((3,), (1,), dtype=dtype, device=device),
+        like.new_empty(3),
+    ):
+        if dtype.is_floating_point:
+            assert fresh.isnan().all()
+        else:
+            assert (fresh == (1 if dtype == torch.bool else torch.iinfo(dtype).max)).all()
