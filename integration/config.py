@@ -69,16 +69,16 @@ class TrainConfig:
     steps: int = 150
     """Rollouts."""
     prompts_per_step: int = 32
-    group_size: int = 8
+    group_size: int = 16
     """Responses per prompt, G."""
     minibatches: int = 4
     """Optimizer updates per rollout; each sees its share of the prompts once."""
-    micro_batch_size: int = 256
+    micro_batch_size: int = 128
     """Responses per forward and backward; changes the memory needed and not the result."""
     max_new_tokens: int = 48
     temperature: float = 1.0
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -26,10 +26,10 @@ from .warm_start import warm_start
 README = Path(__file__).parent.parent / "README.md"
 MARKS = ("<!-- demo -->", "<!-- /demo -->")
 CAVEAT = """\
-Read it so: both runs start from the same weights and differ only in the baseline. The task is small enough that both
-solve most of it, so this says that the loop learns, what share of the responses QAE leaves without credit, and what
-skipping them saves per update. It does not show the paper's gain in accuracy or entropy: that appears on large models
-with many stale updates per rollout. One seed."""
+Read it so: both runs start from the same weights and differ only in the baseline. This says that the loop learns, what
+share of the responses QAE leaves without credit, and what skipping them saves per update. It does not show the paper's
+gain in accuracy or entropy, which appears on large models with many stale updates per rollout. It is one seed: a few
+points of accuracy between the runs may be chance."""
 
 
 @dataclass(frozen=True)

@@ -42,14 +42,16 @@ def plot(folders: list[Path], path: Path, names: list[str] | None = None) -> Non
             if eval_key:
                 points = [(r["step"], r["eval"][eval_key]) for r in records if "eval" in r]
                 axis.plot(*zip(*points, strict=True), marker="o", label=name)
-                axis.set_ylim(0, 1)
             else:
                 points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
                 if points:
                     steps, values = zip(*points, strict=True)
                     (line,) = axis.plot(steps, running_mean(list(values)), label=name)
                     axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
-                axis.set_ylim(bottom=0)
+    for axis in axes.flat:
+        axis.set_ylim(bottom=0)
+    for axis in (axes[0, 0], axes[1, 0]):
+        axis.set_ylim(0, 1)
     axes[0, 0].legend(loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -6,7 +6,7 @@ update -> log.
     python -m integration.train --help                           every flag
 
 Where this differs from the published recipe of QAE (arXiv 2509.22611, on DAPO, arXiv 2503.14476): a model of 0.4 M
-parameters and sums of one-digit numbers; no dynamic sampling and no overlong shaping; Adam at 2e-4; 4 updates per
+parameters and sums of one-digit numbers; no dynamic sampling and no overlong shaping; Adam at 1e-4; 4 updates per
 rollout and not 16; `old_logprobs` are the sampler's own and are not recomputed.
 
 A run leaves `<runs>/<name>/`: config.json, metrics.jsonl (one line per step), checkpoint/ (model and tokenizer, opens

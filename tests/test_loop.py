@@ -333,7 +333,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 def test_command_line():
     assert train.parse([]) == TrainConfig()
     config = train.parse(["--preset", "tiny", "--baseline", "mean", "--task.max-digits", "2", "--k", "0.6"])
-    assert (config.baseline, config.task.max_digits, config.k, config.group_size) == ("mean", 2, 0.6, 8)
+    assert (config.baseline, config.task.max_digits, config.k, config.group_size) == ("mean", 2, 0.6, 16)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,8 @@ def test_table_and_figure_come_from_the_metrics(start, tmp_path):
 @pytest.mark.parametrize("baseline", ["mean", "quantile"])
 def test_reinforcement_learning_raises_held_out_accuracy(start, tmp_path, baseline):
     settings = {
-        "steps": 40, "prompts_per_step": 16, "group_size": 8, "eval_every": 40, "eval_samples": 8,
+        "steps": 40, "learning_rate": 2e-4,
+        "prompts_per_step": 16, "group_size": 8, "eval_every": 40, "eval_samples": 8,
         "max_new_tokens": 24, "task": dataclasses.replace(TINY.task, held_out=64),
     }  # fmt: skip
     row = report.summary(run(start, tmp_path, name=baseline, baseline=baseline, **settings))

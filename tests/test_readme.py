@@ -1,0 +1,35 @@
+"""The README's example runs and its table is the one in the results file."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from integration.report import format_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_table_is_that_of_the_results_file():
+    result = json.loads((ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))
+    assert format_table(result["rows"]) in README
+    assert f"{result['steps']} steps each" in README and f"{result['seconds']:.0f} s in all" in README
+
+
+def test_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(example, names)
+    printed = capsys.readouterr().out
+    assert "tensor(0.7500)" in printed
+    assert names["logits"].grad[[0, 1, 2, 4, 5, 6]].eq(0).all() and names["logits"].grad[[3, 7]].ne(0).any()
+    assert torch.isfinite(names["output"].loss)
+
+
+def test_files_it_names_exist():
+    for name in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
+    for folder in re.findall(r"^\| `([^`]+/)` \|", README, re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
