@@ -148,6 +148,8 @@ def policy_loss(
 
     Raises ValueError: wrong shape, dtype or device; token outside [0, V) in an unmasked row; a missing argument.
     """
+    if not isinstance(config, PolicyLossConfig):
+        raise ValueError(f"config must be a PolicyLossConfig, such as PRESETS['dapo']; got {config!r}")
     mask = checks.logits_and_tokens(logits, tokens, mask, validate)
     rows = tokens.shape
     checks.offsets(cu_seqlens, tokens.numel(), tokens.dim() == 1, logits.device, validate)

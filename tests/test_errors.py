@@ -144,6 +144,7 @@ POLICY_LOSS_ERRORS = LOSS_ERRORS | {
     "normalizer bool": ({"normalizer": True}, "normalizer must be a count .*; got True"),
     "normalizer shape": ({"normalizer": torch.ones(2)},
                          r"normalizer must be a number or a tensor of one element; got shape \(2,\)"),
+    "config": ({"config": "dapo"}, r"config must be a PolicyLossConfig, such as PRESETS\['dapo'\]; got 'dapo'"),
     "backend": ({"backend": "cpu"}, "backend must be one of 'auto', 'triton', 'torch'; got 'cpu'"),
     "triton float64": ({"backend": "triton", "logits": torch.zeros(N, V, dtype=torch.float64)},
                        "for float64 pass backend='torch'"),

@@ -446,6 +446,18 @@ def test_dtypes_of_row_values(dtype, backend, device):
 
 
 @pytest.mark.parametrize("name", ["dapo", "everything"])
+def test_autocast_changes_nothing(name, backend, device):
+    """Statistics stay in float32 inside an autocast region, whatever operators they are made of."""
+    batch = make_batch(device=device)
+    advantages, keywords = optional_arguments(batch, rollout=True, ref=True)
+    outside = run(batch, advantages, CONFIGS[name], backend=backend, **keywords)
+    with torch.autocast(device, torch.bfloat16):
+        inside = run(batch, advantages, CONFIGS[name], backend=backend, **keywords)
+    for field in ("loss", "logprobs", "entropy", "dlogits"):
+        assert_bitwise(getattr(inside, field), getattr(outside, field), field)
+
+
+@pytest.mark.parametrize("name", ["dapo", "everything"])
 @pytest.mark.parametrize(("vocab", "dtype"), [(507, torch.float32), (8193, torch.bfloat16)])
 def test_batch_invariance(vocab, dtype, name, backend, device):
     """A row alone, among seven, at another place: the same bits; and again in a second run."""

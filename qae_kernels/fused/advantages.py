@@ -229,11 +229,12 @@ def group_advantages(
     center, success_rate, std = torch.empty((3, most_groups), dtype=torch.float32, device=device).unbind()
     k_tensor, k_number = (k.contiguous(), 0.5) if isinstance(k, torch.Tensor) else (None, k)
     if programs:
-        group_advantages_kernel[(programs,)](
-            rewards, outcomes, *layout, k_tensor, batch_std,
-            advantages, active, group_ids, center, success_rate, std,
-            groups if isinstance(groups, int) else 0, k_in_nano(k_number), float(k_number), float(eps), correction,
-            BASELINE=QUANTILES[interpolation] if baseline == "quantile" else BASELINES[baseline],
-            STANDARDISE=scale != "none", BLOCK=block, num_warps=max(1, block // 256),
-        )  # fmt: skip
+        with torch.cuda.device_of(rewards):
+            group_advantages_kernel[(programs,)](
+                rewards, outcomes, *layout, k_tensor, batch_std,
+                advantages, active, group_ids, center, success_rate, std,
+                groups if isinstance(groups, int) else 0, k_in_nano(k_number), float(k_number), float(eps), correction,
+                BASELINE=QUANTILES[interpolation] if baseline == "quantile" else BASELINES[baseline],
+                STANDARDISE=scale != "none", BLOCK=block, num_warps=max(1, block // 256),
+            )  # fmt: skip
     return Advantages(advantages, active, group_ids, center, success_rate, std, num_groups)

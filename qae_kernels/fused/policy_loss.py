@@ -125,14 +125,15 @@ def policy_loss_rows(
     stride_a = (0, advantages.stride(0)) if advantages.dim() == 1 else advantages.stride()
     dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
     block, warps = launch_config(vocab, x.dtype)
-    policy_loss_kernel[(tokens.numel(),)](
-        x, stride_b, stride_t, dlogits, dstride_b, dstride_t, tokens, weights,
-        advantages, *stride_a, old_logprobs, ref_logprobs, rollout_weights, losses, logprobs, entropy,
-        T, LOG2E / config.temperature, 1 / config.temperature, float(config.kl_coef), float(config.entropy_coef),
-        (float(config.eps_low), float(config.eps_high), float(dual_clip)),
-        OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
-        V=vocab, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        policy_loss_kernel[(tokens.numel(),)](
+            x, stride_b, stride_t, dlogits, dstride_b, dstride_t, tokens, weights,
+            advantages, *stride_a, old_logprobs, ref_logprobs, rollout_weights, losses, logprobs, entropy,
+            T, LOG2E / config.temperature, 1 / config.temperature, float(config.kl_coef), float(config.entropy_coef),
+            (float(config.eps_low), float(config.eps_high), float(dual_clip)),
+            OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
+            V=vocab, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
     return losses, logprobs, entropy
 
 
@@ -142,4 +143,7 @@ def scale_gradient(dlogits: torch.Tensor, factor: torch.Tensor) -> None:
     rows = dlogits.numel() // dlogits.shape[-1]
     block, warps = launch_config(dlogits.shape[-1], dlogits.dtype)
     if rows:
-        scale_kernel[(rows,)](dlogits, stride_b, stride_t, factor, T, V=dlogits.shape[-1], BLOCK=block, num_warps=warps)
+        with torch.cuda.device_of(dlogits):
+            scale_kernel[(rows,)](
+                dlogits, stride_b, stride_t, factor, T, V=dlogits.shape[-1], BLOCK=block, num_warps=warps
+            )

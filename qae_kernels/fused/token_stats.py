@@ -207,10 +207,11 @@ class TokenLogprobs(torch.autograd.Function):
         )
         block, warps = launch_config(vocab, x.dtype)
         if tokens.numel():
-            token_logprobs_kernel[(tokens.numel(),)](
-                x, stride_b, stride_t, tokens, mask, logprobs, entropy, peak, log2_sum,
-                T, LOG2E / temperature, V=vocab, BLOCK=block, num_warps=warps,
-            )  # fmt: skip
+            with torch.cuda.device_of(x):
+                token_logprobs_kernel[(tokens.numel(),)](
+                    x, stride_b, stride_t, tokens, mask, logprobs, entropy, peak, log2_sum,
+                    T, LOG2E / temperature, V=vocab, BLOCK=block, num_warps=warps,
+                )  # fmt: skip
         ctx.save_for_backward(logits, tokens, mask, peak, log2_sum, entropy)
         ctx.temperature = temperature
         return logprobs, entropy
@@ -224,11 +225,12 @@ class TokenLogprobs(torch.autograd.Function):
         _, dstride_b, dstride_t, _ = as_rows(dx)
         block, warps = launch_config(x.shape[-1], x.dtype)
         if tokens.numel():
-            token_logprobs_backward_kernel[(tokens.numel(),)](
-                x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, mask, peak, log2_sum,
-                entropy, dlogprobs.contiguous(), dentropy.contiguous(), T, LOG2E / ctx.temperature,
-                1 / ctx.temperature, V=x.shape[-1], BLOCK=block, num_warps=warps,
-            )  # fmt: skip
+            with torch.cuda.device_of(x):
+                token_logprobs_backward_kernel[(tokens.numel(),)](
+                    x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, mask, peak, log2_sum,
+                    entropy, dlogprobs.contiguous(), dentropy.contiguous(), T, LOG2E / ctx.temperature,
+                    1 / ctx.temperature, V=x.shape[-1], BLOCK=block, num_warps=warps,
+                )  # fmt: skip
         return dx, None, None, None
 
 
