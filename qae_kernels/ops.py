@@ -185,10 +185,9 @@ def policy_loss(
         return x[:, None].expand(rows) if len(rows) == 2 else spread_to_rows(x, cu_seqlens, rows[0])
 
     advantages = per_row(advantages)
-    old, ref, rollout = (None if x is None else per_row(x).contiguous()
-                         for x in (old_logprobs, ref_logprobs, rollout_weights))  # fmt: skip
+    old, ref, rollout = (per_row(x) for x in (old_logprobs, ref_logprobs, rollout_weights))
     loss, logprobs, entropy = _PolicyLoss.apply(
-        logits, tokens.contiguous(), weights, advantages, old, ref, rollout, config, inplace,
+        logits, tokens, weights, advantages, old, ref, rollout, config, inplace,
         _use_triton(backend, logits), logits.requires_grad and torch.is_grad_enabled(),
     )  # fmt: skip
     metrics = partial(loss_metrics, logprobs, entropy, advantages, mask, old, ref, config)

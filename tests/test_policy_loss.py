@@ -317,6 +317,24 @@ def test_offsets_of_rows_beyond_2_to_31(inplace, backend, device):
     assert_bitwise(gradient, expected.dlogits, "gradient")
 
 
+@pytest.mark.parametrize("name", ["dapo", "everything"])
+def test_row_arguments_may_be_strided(name, backend, device):
+    """Every argument of shape [B, T] as the transpose of a [T, B] tensor."""
+    batch = make_batch(layout="padded", device=device)
+    transposed = {
+        field: value.t().contiguous().t()
+        for field, value in vars(batch).items()
+        if value is not None and value.shape == batch.tokens.shape
+    }
+    assert len(transposed) == 6 and not any(value.is_contiguous() for value in transposed.values())
+    results = []
+    for case in (batch, replace(batch, **transposed)):
+        advantages, keywords = optional_arguments(case, rollout=True, ref=True)
+        results.append(run(case, advantages, CONFIGS[name], backend=backend, **keywords))
+    for field in ("loss", "logprobs", "entropy", "dlogits"):
+        assert_bitwise(getattr(results[1], field), getattr(results[0], field), field)
+
+
 def test_vocabulary_may_be_strided(backend, device):
     batch = make_batch(57, device=device)
     expected = run(batch, batch.advantages, DAPO, backend=backend)

@@ -7,8 +7,8 @@ goes over the row a second time and writes dx (in place, if asked); `backward` o
 A masked row (w = 0) is not read at all. A row without credit (advantage 0, no KL or entropy term) is read once, for its
 entropy, and gets zeros. The kernel knows no objective: `OBJECTIVE` and `KL` are device functions (`objectives.py`).
 
-Shapes: logits [N, V] or [B, T, V]; tokens, weights, old_logprobs, ref_logprobs, rollout_weights [N] contiguous;
-advantages [N], or one per response through a stride of 0. Backward keeps dx, and nothing else.
+Shapes: logits [N, V] or [B, T, V]; tokens, weights, old_logprobs, ref_logprobs, rollout_weights as the
+rows; advantages too, or one per response through a stride of 0. Backward keeps dx, and nothing else.
 """
 
 import torch
@@ -118,6 +118,9 @@ def policy_loss_rows(
     """
     x, stride_b, stride_t, T = as_rows(logits)
     vocab = x.shape[-1]
+    tokens, weights, old_logprobs, ref_logprobs, rollout_weights = (
+        None if v is None else v.contiguous() for v in (tokens, weights, old_logprobs, ref_logprobs, rollout_weights)
+    )
     losses, logprobs, entropy = (torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(3))
     if tokens.numel() == 0:
         return losses, logprobs, entropy
