@@ -2,8 +2,10 @@
 # make check   the quick subset of the tests                       make lint    style          make clean
 PYTHON ?= python3
 VENV ?= .venv
-# Installed first, so that nothing else chooses a torch. With a GPU of another CUDA: make TORCH="torch==... --index-url ..."
+# Installed first, so that nothing else chooses a torch. For another CUDA: make TORCH="torch==... --index-url ..."
 TORCH ?= torch==2.13.0
+# Only where torch brought none: its CUDA builds bring the Triton they were built for.
+TRITON ?= triton==3.9.0
 WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -15,6 +17,7 @@ install: $(INSTALLED)
 $(INSTALLED): setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
 	touch $@
 

@@ -2,7 +2,7 @@
 
     python -m bench                         everything
     python -m bench policy_loss --n 512 --vocab 32000 --zero-credit 0 0.8 --json result.json
-    pytest bench --benchmark-only           the same through pytest-benchmark, small shapes
+    pytest bench --benchmark-only           the same contestants through pytest-benchmark, on small shapes
 
 On a CPU these are the PyTorch paths, not the Triton kernels.
 """
@@ -22,7 +22,9 @@ STAGES = {"advantages": bench_advantages, "policy_loss": bench_policy_loss}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stages", nargs="*", help=f"{', '.join(STAGES)}; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--n", type=int, help="rows of logits; default 8192 on a GPU, 128 on a CPU")
@@ -34,6 +36,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", metavar="PATH", help="also write the results there")
     options = parser.parse_args()
+    if options.repeats < 2:
+        parser.error(f"--repeats must be at least 2, for a spread; got {options.repeats}")
     unknown = sorted(set(options.stages) - set(STAGES))
     if unknown:
         parser.error(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(STAGES)}")

@@ -51,7 +51,7 @@ class TrainConfig:
     preset: Literal["tiny"] = "tiny"
     """Named set of defaults that the other flags change."""
     name: str = "tiny"
-    """Results go to `<runs>/<name>/`."""
+    """Results go to `<runs>/<name>/`; those of an earlier run of this name are overwritten."""
     runs: Path = Path("runs")
     init: Path | None = None
     """Checkpoint folder to start from (model and tokenizer). None: a new model and a supervised warm start."""
@@ -96,14 +96,17 @@ class TrainConfig:
     def __post_init__(self):
         if not 0 < self.k < 1:
             raise ValueError(f"k must be strictly between 0 and 1; got {self.k}")
+        counts = ("prompts_per_step", "group_size", "minibatches", "micro_batch_size", "max_new_tokens", "eval_every")
+        for name in (*counts, "eval_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.prompts_per_step % self.minibatches:
             raise ValueError(
                 f"minibatches ({self.minibatches}) must divide prompts_per_step ({self.prompts_per_step}): "
                 "a minibatch holds whole groups"
             )
-        for name in ("group_size", "minibatches", "micro_batch_size", "max_new_tokens", "eval_every", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative; got {self.steps}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive; got {self.temperature}")
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 PANELS = (  # title, key in a step's record, key in its evaluation
     ("held-out pass@1", None, "pass@1"),
-    ("entropy per token (nats)", "entropy", None),
+    ("entropy per token of the rollouts (nats)", "entropy", None),
     ("share of responses with zero advantage", "zero_fraction", None),
     ("response length (tokens)", "response_length", None),
 )

@@ -37,10 +37,10 @@ class Rollout:
         mask = torch.cat([self.prompt_mask[rows], self.response_mask[rows, :longest]], 1)
         ids = torch.cat([self.prompt_ids[rows], self.response_ids[rows, :longest]], 1)
         logits = model(
-            input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False,
-            logits_to_keep=longest + 1,
+            input_ids=ids[:, :-1], attention_mask=mask[:, :-1].long(), position_ids=positions(mask[:, :-1]),
+            use_cache=False, logits_to_keep=longest,
         ).logits  # fmt: skip
-        return logits[:, :-1], self.response_mask[rows, :longest]
+        return logits, self.response_mask[rows, :longest]
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -52,12 +52,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     device = resolve_device(config.device)
     task = Task(config.task)
-    folder = start_folder(config, device)
     if config.init is None:
         model, tokenizer = checkpoint.new_model(config.model, config.seed, device)
         warm_start(model, tokenizer, task, config, progress)
     else:
         model, tokenizer = checkpoint.load(config.init, device)
+    folder = start_folder(config, device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     problems = task.training_problems(ROLLOUT_SEED + config.seed)
@@ -196,6 +196,10 @@ def describe_updates(updates: list[dict[str, float]]) -> dict[str, float]:
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {name!r}, but this torch ({torch.__version__}) finds no GPU; expected 'cpu' or 'auto'"
+        )
     return torch.device(name)
 
 
@@ -222,8 +226,11 @@ def write(log, record: dict[str, Any]) -> None:
 
 def parse(arguments: list[str]) -> TrainConfig:
     """Command line to config: the preset's values, changed by the other flags."""
-    preset, _ = tyro.cli(PresetOnly, args=arguments, return_unknown_args=True, add_help=False)
-    return tyro.cli(TrainConfig, args=arguments, default=PRESETS[preset.preset], description=__doc__)
+    named, _ = tyro.cli(PresetOnly, args=arguments, return_unknown_args=True, add_help=False)
+    default = PRESETS.get(named.preset, TrainConfig())  # an unknown name is refused by the next line, with the choices
+    return tyro.cli(
+        TrainConfig, args=arguments, default=default, description=__doc__, prog="python -m integration.train"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +240,10 @@ class PresetOnly:
 
 def main() -> None:
     config = parse(sys.argv[1:])
-    folder = train(config)
+    try:
+        folder = train(config)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(report.table({config.name: folder}))
     print(f"\n{folder}/figure.png")
 

@@ -44,7 +44,7 @@ def warm_start(
     model.train()
     for step in progress.track(settings.steps, "warm start"):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps)
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / max(1, settings.warmup_steps))
         batch = list(islice(problems, settings.batch_size))
         answers = [worked_answer(p, rng, settings.direct_share) for p in batch]
         ids, labels = (x.to(model.device) for x in encode_batch(batch, answers, tokenizer))

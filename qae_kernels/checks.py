@@ -6,6 +6,7 @@ Checks that read values would make the host wait for a GPU: they run on CPU tens
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ def floating(name: str, value: Tensor) -> None:
 
 def integer(name: str, value: Tensor) -> None:
     is_tensor(name, value)
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise ValueError(f"{name} must have an integer dtype; got {value.dtype}")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must have an integer dtype, int32 or int64; got {value.dtype}")
 
 
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -86,14 +87,14 @@ def group_arguments(
             raise ValueError(f"k must lie strictly between 0 and 1; k[{bad}] is {k[bad].item()}")
     elif isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k < 1:
         raise ValueError(f"k must be a number strictly between 0 and 1, or a tensor [num_groups]; got {k!r}")
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not eps >= 0:
-        raise ValueError(f"eps must be a number >= 0; got {eps!r}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number >= 0; got {eps!r}")
     if isinstance(correction, bool) or not isinstance(correction, int) or correction < 0:
         raise ValueError(f"correction must be an integer >= 0 (1: divide by G - 1); got {correction!r}")
     if look:
-        finite("rewards", rewards)
-        if outcomes is not None and outcomes.is_floating_point():
-            finite("outcomes", outcomes)
+        finite("rewards", rewards.float())
+        if outcomes is not None:
+            finite("outcomes", outcomes.float())
 
 
 def _groups(groups: int | Tensor, rewards: Tensor, look: bool) -> int | None:

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 from .checks import one_of
 
+LOG_RATIO_LIMIT = 80.0  # larger log-ratios count as this, without gradient: exp of it is finite in float32
+
 Objective = Literal["clip"]
 Ratio = Literal["token"]
 Aggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]

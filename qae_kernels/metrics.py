@@ -16,6 +16,7 @@ def loss_metrics(
     mask: Tensor,
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
+    rollout_weights: Tensor | None,
     config: PolicyLossConfig,
 ) -> dict[str, Tensor]:
     """Means over unmasked tokens, as 0-dim tensors; a mean over no token is 0.
@@ -26,7 +27,7 @@ def loss_metrics(
     clip_fraction_low, clip_fraction_high: share of tokens whose gradient the lower (A < 0) or upper (A > 0) bound stops
     ratio_mean, ratio_max: of the importance ratio
     approx_kl: k3 estimate of KL(old || current), mean of r - 1 - log r
-    active_fraction: share of tokens that have a gradient
+    active_fraction: share of tokens that carry credit: advantage and rollout weight not 0; 1 with a KL or entropy term
     kl: mean of the penalty's estimate of KL(current || reference); 0 without ref_logprobs
     """
     count = mask.sum()
@@ -41,7 +42,8 @@ def loss_metrics(
     ratio = log_ratio.exp()
     clipped_low = (ratio < 1 - config.eps_low) & (advantages < 0)
     clipped_high = (ratio > 1 + config.eps_high) & (advantages > 0)
-    active = (advantages != 0) if config.skips_zero_credit else mask
+    credit = advantages if rollout_weights is None else advantages * rollout_weights
+    active = (credit != 0) if config.skips_zero_credit else mask
     if ref_logprobs is None:
         kl = logprobs.new_zeros(())
     else:

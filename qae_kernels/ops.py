@@ -140,11 +140,14 @@ def policy_loss(
     rollout_weights: shape of tokens, or [B]: factor of each token's objective (importance weight of the sampler).
     normalizer: what the summed loss is divided by, see `PolicyLossConfig.aggregation`; give the global batch's count
         when this call is one micro-batch of several. Number or 0-dim tensor; 0 counts as 1.
-    inplace: write the gradient over the logits, which then hold nothing else: saves [N, V] of memory.
+    inplace: write the gradient over the logits, which then hold nothing else: saves [N, V] of memory, if the logits
+        are a tensor of their own; the backward of a slice such as `logits[:, :-1]` allocates the whole again.
     backend: "auto", "triton" or "torch". validate: check values on a GPU too, at the price of waiting for it.
 
     A row of advantage 0 gets a gradient of exactly 0 and is not read again in the backward (unless a KL or entropy
-    term is on); it still counts in the normaliser. Backward through the loss can run once per call.
+    term is on); it still counts in the normaliser. Backward through the loss can run once per call. The gradient is
+    stored in the dtype of the logits before the incoming scalar multiplies it: with float16 logits a loss scale comes
+    too late for it; train in bfloat16 or float32.
 
     Raises ValueError: wrong shape, dtype or device; token outside [0, V) in an unmasked row; a missing argument.
     """
@@ -168,6 +171,8 @@ def policy_loss(
         raise ValueError(f"kl_coef is {config.kl_coef}: the KL penalty needs ref_logprobs")
     if inplace and logits.stride(-1) != 1:
         raise ValueError(f"inplace=True needs logits with stride 1 in the vocabulary; got strides {logits.stride()}")
+    if inplace and any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(f"inplace=True needs rows that do not share memory; got strides {logits.stride()}")
 
     dtype = torch.promote_types(logits.dtype, torch.float32)
     weights = token_weights(
@@ -179,7 +184,7 @@ def policy_loss(
         """Values for each row; one per response stays one number per response in memory where strides allow it."""
         if x is None:
             return None
-        x = x.detach().to(dtype)
+        x = x.detach().to(dtype, copy=True)  # metrics are read later: the caller may reuse its buffers
         if x.shape == rows:
             return x
         return x[:, None].expand(rows) if len(rows) == 2 else spread_to_rows(x, cu_seqlens, rows[0])
@@ -190,7 +195,7 @@ def policy_loss(
         logits, tokens, weights, advantages, old, ref, rollout, config, inplace,
         _use_triton(backend, logits), logits.requires_grad and torch.is_grad_enabled(),
     )  # fmt: skip
-    metrics = partial(loss_metrics, logprobs, entropy, advantages, mask, old, ref, config)
+    metrics = partial(loss_metrics, logprobs, entropy, advantages, mask, old, ref, rollout, config)
     return PolicyLossOutput(loss, logprobs, entropy, metrics)
 
 

@@ -4,8 +4,9 @@
     python -m qae_kernels.validate --backend torch        the PyTorch path
     python -m qae_kernels.validate --vocab 32000 --dtype bfloat16 --json result.json
 
-Compares every operation with the float64 reference, on values and gradients, and prints one line per case: our error,
-beside it the error of plain PyTorch in the same dtype, and the limit. Exits with 1 if a case is out of its limit.
+Compares the QAE advantages and the policy loss with the float64 reference, values and gradients, and prints one line
+per case: our error, beside it the error of plain PyTorch in the same dtype, and the limit. Exits with 1 if a case is
+out of its limit. Triton's interpreter truncates to bfloat16 where a GPU rounds: gradients in bfloat16 look worse there.
 """
 
 from __future__ import annotations
@@ -140,7 +141,9 @@ def with_reference(inputs: dict[str, Tensor], config: PolicyLossConfig, dtype: t
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m qae_kernels.validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", choices=("triton", "torch"), default="triton")
     parser.add_argument("--vocab", type=int, nargs="+", help="default: 7, 257, 20001 on a CPU; 151936 too on a GPU")

@@ -92,14 +92,40 @@ def launch_other_numbers(vocab, dtype):
                                       temperature=number, dual_clip=number + 1)  # fmt: skip
             policy_loss_rows(logits, logits, tokens, row, row, row, row, row, config)
             token_logprobs(logits, tokens, tokens == 0, number)
-            for groups in (16, 64):
+            # 0.123456785 less one unit of 1e-9 is a multiple of 16, as is 0: what Triton specialises on
+            for groups, k, correction in ((16, number / 4, 1), (64, 0.123456785, 0), (64, number / 4, 16)):
                 group_advantages(
-                    torch.zeros(64), groups, baseline="quantile", k=number / 4, outcomes=None, eps=number,
-                    interpolation="inverted_cdf", scale="std", correction=1,
+                    torch.zeros(64), groups, baseline="quantile", k=k, outcomes=None, eps=number,
+                    interpolation="inverted_cdf", scale="std", correction=correction,
                 )  # fmt: skip
     counts = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
     # one more for advantages: the group size decides BLOCK
     assert counts == [2, 1, 1], f"specialisations of {[kernel.fn.__name__ for kernel in kernels]}: {counts}"
+
+
+def launch_other_shapes(vocab, dtype):
+    """One kernel for any number of rows and any strides: another one might sum a row in another order."""
+    import torch
+    from compile_only import compile_only
+
+    from qae_kernels import PRESETS
+    from qae_kernels.fused.policy_loss import policy_loss_kernel, policy_loss_rows, scale_gradient, scale_kernel
+    from qae_kernels.fused.token_stats import token_logprobs, token_logprobs_backward_kernel, token_logprobs_kernel
+
+    full = torch.empty(6, 16, 512, dtype=getattr(torch, dtype))
+    flat = torch.empty(96, vocab, dtype=full.dtype)
+    kernels = (policy_loss_kernel, scale_kernel, token_logprobs_kernel, token_logprobs_backward_kernel)
+    with compile_only("cuda", 90):
+        for logits in (flat, flat[:1], flat[:16], flat.view(6, 16, vocab), flat.view(96, 1, vocab), full[..., :vocab],
+                       full[:, :-1, :vocab], full[0, :, :vocab]):  # fmt: skip
+            tokens = torch.zeros(logits.shape[:-1], dtype=torch.long)
+            row = torch.zeros(tokens.shape)
+            policy_loss_rows(logits, logits, tokens, row, row, row, None, None, PRESETS["dapo"])
+            scale_gradient(logits, torch.ones(()))
+            logprobs, entropy = token_logprobs(logits.detach().requires_grad_(), tokens, tokens == 0, 1.0)
+            (logprobs.sum() + entropy.sum()).backward()
+    counts = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+    assert counts == [1, 1, 1, 1], f"specialisations of {[kernel.fn.__name__ for kernel in kernels]}: {counts}"
 
 
 def as_program(*arguments: str) -> None:
@@ -125,11 +151,16 @@ def test_hyper_parameters_compile_nothing():
     as_program("other_numbers", "sm_90", "507-float32")
 
 
+@pytest.mark.slow
+def test_shapes_and_strides_compile_nothing():
+    as_program("other_shapes", "sm_90", "507-float32")
+
+
 def main(stage: str, target: str, logits: str) -> None:
     from compile_only import compile_only
 
     launch = globals()[f"launch_{stage}"]
-    if stage == "other_numbers":
+    if stage in ("other_numbers", "other_shapes"):
         return launch(*LOGITS[logits])
     with compile_only(*TARGETS[target]) as compiled:
         launch(*LOGITS[logits])

@@ -30,6 +30,9 @@ GROUP_ERRORS = {
                     r"rewards must have a floating-point dtype; got torch.int64"),
     "rewards 2d": ({"rewards": torch.zeros(2, 2)}, r"rewards must have shape \[B\].*got \(2, 2\)"),
     "rewards nan": ({"rewards": torch.tensor([0, 1, NAN, NAN])}, r"rewards\[2\] is nan \(2 such"),
+    "rewards beyond float32": ({"rewards": torch.tensor([0, 1, 0, 1e300], dtype=torch.float64)},
+                               r"rewards\[3\] is inf"),
+    "eps inf": ({"eps": INF}, "eps must be a finite number >= 0; got inf"),
     "rewards inf": ({"rewards": torch.tensor([0, -INF, 0, 0])}, r"rewards\[1\] is -inf"),
     "outcomes list": ({"outcomes": REWARDS}, "outcomes must be a torch.Tensor; got list"),
     "outcomes shape": ({"outcomes": torch.zeros(3)}, r"outcomes must have shape \(4,\); got \(3,\)"),
@@ -42,8 +45,9 @@ GROUP_ERRORS = {
     "groups bool": ({"groups": True}, "groups must be an int .* or a tensor .*; got bool"),
     "groups float": ({"groups": 2.0}, "groups must be an int .*; got float"),
     "groups list": ({"groups": [0, 0, 1, 1]}, "groups must be an int .*; got list"),
-    "ids float": ({"groups": torch.zeros(4)}, "groups must have an integer dtype; got torch.float32"),
-    "ids bool": ({"groups": torch.zeros(4, dtype=torch.bool)}, "groups must have an integer dtype; got torch.bool"),
+    "ids float": ({"groups": torch.zeros(4)}, "groups must have an integer dtype, int32 or int64; got torch.float32"),
+    "ids bool": ({"groups": torch.zeros(4, dtype=torch.bool)},
+                 "groups must have an integer dtype, int32 or int64; got torch.bool"),
     "ids shape": ({"groups": torch.zeros(2, dtype=torch.long)}, r"groups must have shape \(4,\); got \(2,\)"),
     "ids device": ({"groups": torch.zeros(4, dtype=torch.long, device="meta")}, "groups is on meta"),
     **{f"k {k}": ({"k": k}, "k must be a number strictly between 0 and 1.*; got " + str(k).replace("-", "."))
@@ -58,9 +62,9 @@ GROUP_ERRORS = {
                        "k as a tensor must be float32 or float64"),
     "k tensor ids": ({"k": torch.full((3,), 0.4), "groups": torch.tensor([9, 9, 9, 1])}, r"k must have shape \(2,\)"),
     "k tensor device": ({"k": torch.full((2,), 0.4, device="meta")}, "k is on meta"),
-    "eps negative": ({"eps": -1e-6}, "eps must be a number >= 0; got -1e-06"),
-    "eps nan": ({"eps": NAN}, "eps must be a number >= 0; got nan"),
-    "eps str": ({"eps": "0"}, "eps must be a number >= 0; got '0'"),
+    "eps negative": ({"eps": -1e-6}, "eps must be a finite number >= 0; got -1e-06"),
+    "eps nan": ({"eps": NAN}, "eps must be a finite number >= 0; got nan"),
+    "eps str": ({"eps": "0"}, "eps must be a finite number >= 0; got '0'"),
     "correction float": ({"correction": 1.0}, "correction must be an integer >= 0.*; got 1.0"),
     "correction negative": ({"correction": -1}, "correction must be an integer >= 0.*; got -1"),
     "baseline": ({"baseline": "median"},
@@ -103,8 +107,11 @@ LOSS_ERRORS = {
     "logits 4d": ({"logits": torch.zeros(1, 4, 4, V)}, r"logits must have shape .*; got \(1, 4, 4, 7\)"),
     "no vocabulary": ({"logits": torch.zeros(N, 0)}, r"vocabulary of at least 1; got shape \(16, 0\)"),
     "tokens shape": ({"tokens": torch.zeros(N - 1, dtype=torch.long)}, r"tokens must have shape \(16,\); got \(15,\)"),
-    "tokens float": ({"tokens": torch.zeros(N)}, "tokens must have an integer dtype; got torch.float32"),
-    "tokens bool": ({"tokens": torch.zeros(N, dtype=torch.bool)}, "tokens must have an integer dtype; got torch.bool"),
+    "tokens float": ({"tokens": torch.zeros(N)},
+                     "tokens must have an integer dtype, int32 or int64; got torch.float32"),
+    "tokens bool": ({"tokens": torch.zeros(N, dtype=torch.bool)},
+                    "tokens must have an integer dtype, int32 or int64; got torch.bool"),
+    "tokens int16": ({"tokens": torch.zeros(N, dtype=torch.int16)}, "int32 or int64; got torch.int16"),
     "tokens device": ({"tokens": torch.zeros(N, dtype=torch.long, device="meta")}, "tokens is on meta, the other"),
     "token too large": ({"tokens": torch.full((N,), V)}, r"tokens must lie in \[0, 7\).*; tokens\[0\] is 7"),
     "token negative": ({"tokens": torch.tensor([0] * 6 + [-100] + [0] * 9)}, r"tokens\[6\] is -100"),
@@ -186,6 +193,13 @@ def test_inplace_needs_a_contiguous_vocabulary(backend, device):
     with pytest.raises(ValueError, match=r"needs logits with stride 1 in the vocabulary; got strides \(1, 16\)"):
         policy_loss(logits.requires_grad_(), **arguments, inplace=True, backend=backend)
     assert (logits == before).all()
+
+
+def test_inplace_needs_rows_of_their_own(backend, device):
+    logits = torch.randn(1, 16, device=device).expand(7, 16)
+    arguments = {"tokens": torch.zeros(7, dtype=torch.long, device=device), "advantages": torch.ones(7, device=device)}
+    with pytest.raises(ValueError, match=r"needs rows that do not share memory; got strides \(0, 1\)"):
+        policy_loss(logits.requires_grad_(), **arguments, inplace=True, backend=backend)
 
 
 def test_offsets_do_not_go_with_padded_tensors(device):

@@ -341,7 +341,9 @@ def test_command_line():
     [("--k", "1.0", "k must be strictly between 0 and 1; got 1.0"),
      ("--minibatches", "3", "minibatches (3) must divide prompts_per_step (32)"),
      ("--group-size", "0", "group_size must be at least 1; got 0"),
-     ("--temperature", "0", "temperature must be positive; got 0")],
+     ("--temperature", "0", "temperature must be positive; got 0"),
+     ("--minibatches", "0", "minibatches must be at least 1; got 0"),
+     ("--preset", "small", "invalid choice")],
 )  # fmt: skip
 def test_command_line_names_what_is_wrong(flag, value, message, capsys):
     with pytest.raises(SystemExit):

@@ -75,6 +75,20 @@ def test_objective(name, eps_low, eps_high, dual_clip, device):
         assert_close(value, expected)
 
 
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("name", fused.OBJECTIVES)
+def test_log_ratios_without_an_exponential(name, dual_clip, device):
+    """Where exp(log_ratio) is infinite in float32: the same finite loss in both, and no gradient."""
+    hyper = reference.hyper_parameters(PolicyLossConfig(objective=name, dual_clip=dual_clip))
+    grid = torch.tensor(list(itertools.product([81.0, 100.0, 1e4], [-1.0, 1.0])), device=device)
+    old = torch.full((len(grid),), -2e4, device=device)
+    arguments = (old + grid[:, 0], old, grid[:, 1].contiguous(), hyper)
+    got, exact = in_triton(name, *arguments), in_torch(reference.OBJECTIVES[name], *arguments)
+    for loss, dlogp in (got, exact):
+        assert loss.isfinite().all() and (dlogp == 0).all()
+    torch.testing.assert_close(got[0].double(), exact[0].double(), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("side", ["low", "high"])
 def test_clip_exactly_at_the_bound(side, advantage, device):

@@ -463,6 +463,23 @@ def test_dtypes_of_row_values(dtype, backend, device):
 # ---- what a row's result may depend on
 
 
+def test_metrics_are_of_the_values_that_were_passed(backend, device):
+    """They are computed on access; by then the caller may have written other numbers into its buffers."""
+    batch = make_batch(device=device)
+    advantages, keywords = optional_arguments(batch, rollout=True, ref=True)
+
+    def output(*, overwrite: bool):
+        own = {name: x.clone() for name, x in keywords.items()}
+        credit = advantages.clone()
+        out = policy_loss(batch.logits, batch.tokens, credit, backend=backend, **own)
+        if overwrite:
+            for x in (credit, *own.values()):
+                x.zero_()
+        return {name: value.item() for name, value in out.metrics.items()}
+
+    assert output(overwrite=True) == output(overwrite=False)
+
+
 @pytest.mark.parametrize("name", ["dapo", "everything"])
 def test_autocast_changes_nothing(name, backend, device):
     """Statistics stay in float32 inside an autocast region, whatever operators they are made of."""

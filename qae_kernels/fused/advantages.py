@@ -110,7 +110,7 @@ def none(values_ptr, order_ptr, first, size, mean, k_nano, k, BLOCK: tl.constexp
     return mean * 0, 1.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_size", "k_nano", "correction"])
 def group_advantages_kernel(
     rewards_ptr, outcomes_ptr, order_ptr, sorted_ids_ptr, ends_ptr, group_index_ptr, k_ptr, batch_std_ptr,
     advantages_ptr, active_ptr, group_ids_ptr, baseline_ptr, success_rate_ptr, std_ptr,

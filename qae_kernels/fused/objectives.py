@@ -7,18 +7,24 @@ scalars of one row; `hyper` is a tuple of run-time floats, unpacked in the order
 import triton
 import triton.language as tl
 
+from ..config import LOG_RATIO_LIMIT as _LOG_RATIO_LIMIT
+
+LOG_RATIO_LIMIT = tl.constexpr(_LOG_RATIO_LIMIT)
+
 
 @triton.jit
 def clip(logprob, old_logprob, advantage, hyper):
     """loss = max(-r A, -clip(r) A), for A < 0 at most -dual_clip A; derivative -r A where that term won, else 0."""
     eps_low, eps_high, dual_clip = hyper
-    ratio = tl.exp(logprob - old_logprob)
+    log_ratio = logprob - old_logprob
+    beyond = log_ratio > LOG_RATIO_LIMIT
+    ratio = tl.exp(tl.where(beyond, LOG_RATIO_LIMIT, log_ratio))
     free = -ratio * advantage
     bounded = -tl.minimum(tl.maximum(ratio, 1 - eps_low), 1 + eps_high) * advantage
     ceiling = tl.where(advantage < 0, dual_clip, float("inf")) * tl.where(advantage < 0, -advantage, 1.0)
     # Comparisons are put so that a NaN ratio is passed on, not replaced by a bound.
     loss = tl.where(free < bounded, bounded, free)
-    dlogp = tl.where((free < bounded) | (free > ceiling), 0.0, free)
+    dlogp = tl.where((free < bounded) | (free > ceiling) | beyond, 0.0, free)
     return tl.where(loss > ceiling, ceiling, loss), dlogp
 
 

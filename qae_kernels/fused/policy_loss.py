@@ -20,6 +20,7 @@ from . import objectives
 from .token_stats import (
     LOG2E,
     as_rows,
+    is_aligned,
     launch_config,
     row_start,
     row_statistics,
@@ -30,17 +31,19 @@ from .token_stats import (
 )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_x_b", "stride_x_t", "stride_dx_b", "stride_dx_t", "stride_a_b", "stride_a_t", "T"]
+)
 def policy_loss_kernel(
     x_ptr, stride_x_b, stride_x_t, dx_ptr, stride_dx_b, stride_dx_t, tokens_ptr, weights_ptr,
     advantages_ptr, stride_a_b, stride_a_t, old_ptr, ref_ptr, rollout_ptr, loss_ptr, logprobs_ptr, entropy_ptr,
     T, scale, inv_temperature, kl_coef, entropy_coef, hyper,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
     if dx_ptr is not None:
-        dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T)
+        dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T, ALIGNED)
     if weight == 0:
         tl.store(loss_ptr + row, 0.0)
         tl.store(logprobs_ptr + row, 0.0)
@@ -48,7 +51,7 @@ def policy_loss_kernel(
         if dx_ptr is not None:
             write_zero_row(dx_row, V, BLOCK)
     else:
-        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T)
+        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
         token = tl.load(tokens_ptr + row)
         target = target_logit(x_row, token, V)
         peak, log2_sum, entropy = row_statistics(x_row, scale, V, BLOCK)
@@ -56,7 +59,7 @@ def policy_loss_kernel(
         tl.store(logprobs_ptr + row, logprob)
         tl.store(entropy_ptr + row, entropy)
 
-        advantage = tl.load(advantages_ptr + row // T * stride_a_b + row % T * stride_a_t)
+        advantage = tl.load(row_start(advantages_ptr, row, stride_a_b, stride_a_t, T, False))
         importance = 1.0
         if rollout_ptr is not None:
             importance = tl.load(rollout_ptr + row)
@@ -83,12 +86,14 @@ def policy_loss_kernel(
                 write_zero_row(dx_row, V, BLOCK)
 
 
-@triton.jit
-def scale_kernel(dx_ptr, stride_b, stride_t, factor_ptr, T, V: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["stride_b", "stride_t", "T"])
+def scale_kernel(
+    dx_ptr, stride_b, stride_t, factor_ptr, T, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
     """dx *= factor, row by row; returns at once where the factor is 1, which only the device knows."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1:
-        dx_row = row_start(dx_ptr, tl.program_id(0), stride_b, stride_t, T)
+        dx_row = row_start(dx_ptr, tl.program_id(0), stride_b, stride_t, T, ALIGNED)
         offs = tl.arange(0, BLOCK)
         for start in range(0, V, BLOCK):
             inside = start + offs < V
@@ -124,29 +129,34 @@ def policy_loss_rows(
     losses, logprobs, entropy = (torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(3))
     if tokens.numel() == 0:
         return losses, logprobs, entropy
-    _, dstride_b, dstride_t, _ = (None, 0, 0, 0) if dlogits is None else as_rows(dlogits)
+    dx, dstride_b, dstride_t, _ = (None, 0, 0, 0) if dlogits is None else as_rows(dlogits)
     stride_a = (0, advantages.stride(0)) if advantages.dim() == 1 else advantages.stride()
     dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
     block, warps = launch_config(vocab, x.dtype)
     with torch.cuda.device_of(x):
         policy_loss_kernel[(tokens.numel(),)](
-            x, stride_b, stride_t, dlogits, dstride_b, dstride_t, tokens, weights,
+            x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, weights,
             advantages, *stride_a, old_logprobs, ref_logprobs, rollout_weights, losses, logprobs, entropy,
             T, LOG2E / config.temperature, 1 / config.temperature, float(config.kl_coef), float(config.entropy_coef),
             (float(config.eps_low), float(config.eps_high), float(dual_clip)),
             OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
-            V=vocab, BLOCK=block, num_warps=warps,
+            V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=warps,
         )  # fmt: skip
+    if dx is not dlogits:
+        dlogits.copy_(dx)
     return losses, logprobs, entropy
 
 
 def scale_gradient(dlogits: torch.Tensor, factor: torch.Tensor) -> None:
     """dlogits *= factor (0-dim, on the device), in place."""
-    _, stride_b, stride_t, T = as_rows(dlogits)
-    rows = dlogits.numel() // dlogits.shape[-1]
-    block, warps = launch_config(dlogits.shape[-1], dlogits.dtype)
+    dx, stride_b, stride_t, T = as_rows(dlogits)
+    vocab = dx.shape[-1]
+    rows = dx.numel() // vocab
+    block, warps = launch_config(vocab, dx.dtype)
     if rows:
-        with torch.cuda.device_of(dlogits):
+        with torch.cuda.device_of(dx):
             scale_kernel[(rows,)](
-                dlogits, stride_b, stride_t, factor, T, V=dlogits.shape[-1], BLOCK=block, num_warps=warps
+                dx, stride_b, stride_t, factor, T, V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=warps
             )
+    if dx is not dlogits:
+        dlogits.copy_(dx)

@@ -24,12 +24,19 @@ from ..checks import no_double_backward
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where -inf - -inf or 0 * inf would be NaN
+ROW_ALIGNMENT = tl.constexpr(16)  # elements
+
+# Sums of a row must not depend on the rows around it. The compiler lays a tile out by what it knows of the addresses,
+# so it is told of strides and sizes only what follows from V (`ALIGNED`), and does not specialise on their values.
 
 
 @triton.jit
-def row_start(ptr, row, stride_b, stride_t, T):
-    """Pointer to element 0 of a row, with 64-bit arithmetic: N * V may exceed 2^31."""
-    return ptr + (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
+def row_start(ptr, row, stride_b, stride_t, T, ALIGNED: tl.constexpr):
+    """Pointer to element 0 of a row, with 64-bit arithmetic: N * V may exceed 2^31. ALIGNED: see `is_aligned`."""
+    offset = (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
+    if ALIGNED:
+        offset = tl.multiple_of(offset, ROW_ALIGNMENT)
+    return ptr + offset
 
 
 @triton.jit
@@ -140,17 +147,17 @@ def write_zero_row(dx_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(dx_ptr + MAIN + offs, zero, mask=MAIN + offs < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_x_b", "stride_x_t", "T"])
 def token_logprobs_kernel(
     x_ptr, stride_x_b, stride_x_t, tokens_ptr, mask_ptr, logprobs_ptr, entropy_ptr, peak_ptr, log2_sum_ptr,
-    T, scale, V: tl.constexpr, BLOCK: tl.constexpr,
+    T, scale, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if tl.load(mask_ptr + row) == 0:
         tl.store(logprobs_ptr + row, 0.0)
         tl.store(entropy_ptr + row, 0.0)
     else:
-        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T)
+        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
         target = target_logit(x_row, tl.load(tokens_ptr + row), V)
         peak, log2_sum, entropy = row_statistics(x_row, scale, V, BLOCK)
         tl.store(logprobs_ptr + row, target_logprob(target, peak, log2_sum, scale))
@@ -159,19 +166,20 @@ def token_logprobs_kernel(
         tl.store(log2_sum_ptr + row, log2_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_x_b", "stride_x_t", "stride_dx_b", "stride_dx_t", "T"])
 def token_logprobs_backward_kernel(
     x_ptr, stride_x_b, stride_x_t, dx_ptr, stride_dx_b, stride_dx_t, tokens_ptr, mask_ptr, peak_ptr, log2_sum_ptr,
-    entropy_ptr, dlogprobs_ptr, dentropy_ptr, T, scale, inv_temperature, V: tl.constexpr, BLOCK: tl.constexpr,
+    entropy_ptr, dlogprobs_ptr, dentropy_ptr, T, scale, inv_temperature,
+    V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T)
+    dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T, ALIGNED)
     dlogp = tl.load(dlogprobs_ptr + row)
     dentropy = tl.load(dentropy_ptr + row)
     if (tl.load(mask_ptr + row) == 0) | ((dlogp == 0) & (dentropy == 0)):
         write_zero_row(dx_row, V, BLOCK)
     else:
-        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T)
+        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
         token = tl.load(tokens_ptr + row)
         target = target_logit(x_row, token, V)
         write_row_gradient(x_row, dx_row, token, target, tl.load(peak_ptr + row), tl.load(log2_sum_ptr + row),
@@ -185,10 +193,23 @@ def launch_config(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
     return block, max(1, min(8, block // 1024))
 
 
+def is_aligned(vocab: int) -> bool:
+    """Whether every row of a contiguous [N, V] starts at a multiple of ROW_ALIGNMENT; then loads are 128 bits wide."""
+    return vocab % ROW_ALIGNMENT.value == 0
+
+
+def is_addressable(x: torch.Tensor) -> bool:
+    """Whether the kernels can read x [..., V] where it lies: stride 1 in V, and aligned rows if V promises them."""
+    if x.shape[-1] != 1 and x.stride(-1) != 1:
+        return False
+    strides_fit = all(step % ROW_ALIGNMENT.value == 0 for step in x.stride()[:-1])
+    return not is_aligned(x.shape[-1]) or (strides_fit and x.data_ptr() % 16 == 0)
+
+
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-    """(x with stride 1 in V, stride_b, stride_t, T) of [N, V] or [B, T, V]; copies only if V is strided."""
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        x = x.contiguous()
+    """(x, stride_b, stride_t, T) of [N, V] or [B, T, V]; a copy of x where it is not addressable."""
+    if not is_addressable(x):
+        x = x.clone(memory_format=torch.contiguous_format)
     if x.dim() == 2:
         return x, 0, x.stride(0), max(1, x.shape[0])
     return x, x.stride(0), x.stride(1), max(1, x.shape[1])
@@ -210,9 +231,11 @@ class TokenLogprobs(torch.autograd.Function):
             with torch.cuda.device_of(x):
                 token_logprobs_kernel[(tokens.numel(),)](
                     x, stride_b, stride_t, tokens, mask, logprobs, entropy, peak, log2_sum,
-                    T, LOG2E / temperature, V=vocab, BLOCK=block, num_warps=warps,
+                    T, LOG2E / temperature, V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=warps,
                 )  # fmt: skip
-        ctx.save_for_backward(logits, tokens, mask, peak, log2_sum, entropy)
+        ctx.save_for_backward(
+            logits, tokens, mask, peak, log2_sum, entropy.clone()
+        )  # the caller may write over its own
         ctx.temperature = temperature
         return logprobs, entropy
 
@@ -229,7 +252,7 @@ class TokenLogprobs(torch.autograd.Function):
                 token_logprobs_backward_kernel[(tokens.numel(),)](
                     x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, mask, peak, log2_sum,
                     entropy, dlogprobs.contiguous(), dentropy.contiguous(), T, LOG2E / ctx.temperature,
-                    1 / ctx.temperature, V=x.shape[-1], BLOCK=block, num_warps=warps,
+                    1 / ctx.temperature, V=x.shape[-1], ALIGNED=is_aligned(x.shape[-1]), BLOCK=block, num_warps=warps,
                 )  # fmt: skip
         return dx, None, None, None
 

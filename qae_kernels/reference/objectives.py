@@ -11,17 +11,17 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import PolicyLossConfig
+from ..config import LOG_RATIO_LIMIT, PolicyLossConfig
 
 
 def clip(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, hyper: tuple[float, ...]) -> Tensor:
     """PPO's clipped surrogate with asymmetric bounds (arXiv 1707.06347, eq. 7; DAPO, arXiv 2503.14476, eq. 10).
 
     loss = max(-r A, -clip(r, 1 - eps_low, 1 + eps_high) A), r = exp(logprob - old_logprob);
-    for A < 0 at most -dual_clip A (arXiv 1912.09729, eq. 5).
+    for A < 0 at most -dual_clip A (arXiv 1912.09729, eq. 5). The log of r is bounded by LOG_RATIO_LIMIT.
     """
     eps_low, eps_high, dual_clip = hyper
-    ratio = (logprobs - old_logprobs).exp()
+    ratio = (logprobs - old_logprobs).clamp(max=LOG_RATIO_LIMIT).exp()
     loss = torch.maximum(-ratio * advantages, -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
     if math.isfinite(dual_clip):
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
