@@ -6,8 +6,9 @@
 
 Exponentials are base 2, with log2(e) and 1/temperature folded into one factor `scale`, so one fused multiply-add and
 one EX2 make a term. Everything is relative to `peak`, the rounded product of the row maximum and `scale`; because the
-same rounded number is subtracted everywhere, large common offsets cost no accuracy. A tile is [threads, 8]: eight
-neighbours of one thread are reduced without leaving it, and the threads meet once, at the end of the row.
+same rounded number is subtracted everywhere, large common offsets cost no accuracy. A tile is [threads, 8]: in aligned
+16-bit rows the eight are neighbours within one thread and are reduced without leaving it, and the threads meet once, at
+the end of the row.
 
 x, dx: [B, T, V] with any strides of B and T and stride 1 in V (flat [N, V]: B = 1, T = N). Row r is (r // T, r % T).
 Per-row vectors [N] are contiguous. Backward keeps per row: peak, log2_sum (f32) and the entropy.
