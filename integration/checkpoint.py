@@ -32,9 +32,14 @@ def new_model(config: ModelConfig, seed: int, device: torch.device) -> tuple[Pre
     return model.to(device), tokenizer
 
 
-def load(folder: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def require(folder: Path) -> None:
+    """Raises FileNotFoundError if there is no checkpoint in the folder."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no checkpoint at {folder}: expected a folder with config.json, weights and tokenizer")
+
+
+def load(folder: Path, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    require(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.to(device), AutoTokenizer.from_pretrained(folder)
 

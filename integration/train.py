@@ -241,9 +241,12 @@ class PresetOnly:
 def main() -> None:
     config = parse(sys.argv[1:])
     try:
-        folder = train(config)
+        resolve_device(config.device)
+        if config.init is not None:
+            checkpoint.require(config.init)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
+    folder = train(config)
     print(report.table({config.name: folder}))
     print(f"\n{folder}/figure.png")
 

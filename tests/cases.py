@@ -5,12 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from tolerances import assert_bitwise
 from torch import Tensor
 
-from qae_kernels import PolicyLossConfig, policy_loss, token_weights
+from qae_kernels import PRESETS, PolicyLossConfig, policy_loss, token_weights
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
 from qae_kernels.reference.token_stats import token_logprobs as reference_token_logprobs
 
+AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+CONFIGS = {
+    **PRESETS,
+    "dual_clip": PolicyLossConfig(dual_clip=1.1),
+    "k1": PolicyLossConfig(kl_coef=0.3, kl_estimator="k1"),
+    "k2": PolicyLossConfig(kl_coef=0.3, kl_estimator="k2"),
+    "k3": PolicyLossConfig(kl_coef=0.3, kl_estimator="k3"),
+    "entropy": PolicyLossConfig(entropy_coef=0.2),
+    "entropy penalty": PolicyLossConfig(entropy_coef=-0.2),
+    "everything": PolicyLossConfig(dual_clip=1.5, kl_coef=0.1, entropy_coef=0.05, temperature=1.3),
+}
 LAYOUTS = ("padded", "packed")
 PACKED_LENGTHS = (5, 1, 0, 6, 4)
 PADDED_LENGTHS = (6, 3, 5)
@@ -132,3 +144,11 @@ def reference(
     )
     loss.backward()
     return Result(loss.detach(), logprobs.detach(), entropy.detach(), logits.grad)
+
+
+def assert_same(got, expected, rows=slice(None)):
+    """Bit for bit, in the given rows; with all rows the loss as well."""
+    if rows == slice(None):
+        assert_bitwise(got.loss, expected.loss, "loss")
+    for name in ("logprobs", "entropy", "dlogits"):
+        assert_bitwise(getattr(got, name)[rows], getattr(expected, name)[rows], name)

@@ -362,6 +362,21 @@ def test_table_and_figure_come_from_the_metrics(start, tmp_path):
     assert len(lines) == 3 and lines[2].startswith(f"| one | {row['pass@1 before']:.3f}")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--init", "nowhere"], "error: no checkpoint at nowhere"),
+        (["--device", "cuda:99"], "error: device is 'cuda:99'"),
+    ],
+)
+def test_what_cannot_start_is_said_in_one_line(arguments, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train", *arguments])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert str(stopped.value).startswith(message)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["mean", "quantile"])
 def test_reinforcement_learning_raises_held_out_accuracy(start, tmp_path, baseline):

@@ -1,32 +1,20 @@
 """policy_loss on both backends: values and gradients against the float64 reference; the promises of its contract."""
 
 import dataclasses
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from cases import LAYOUTS, make_batch, optional_arguments, reference, run
+from cases import AGGREGATIONS, CONFIGS, LAYOUTS, assert_same, make_batch, optional_arguments, reference, run
 from tolerances import arithmetic_dtype, assert_bitwise, assert_gradient, assert_statistics
 
-from qae_kernels import PRESETS, PolicyLossConfig, policy_loss, qae_dapo_loss, quantile_advantages, token_weights
+from qae_kernels import PRESETS, PolicyLossConfig, policy_loss
 from qae_kernels.ops import _vocabulary_backend
 
-AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DAPO = PRESETS["dapo"]
 TOKEN_SUM = PolicyLossConfig(aggregation="token-sum")  # a row's weight does not depend on the other rows
-CONFIGS = {
-    **PRESETS,
-    "dual_clip": PolicyLossConfig(dual_clip=1.1),
-    "k1": PolicyLossConfig(kl_coef=0.3, kl_estimator="k1"),
-    "k2": PolicyLossConfig(kl_coef=0.3, kl_estimator="k2"),
-    "k3": PolicyLossConfig(kl_coef=0.3, kl_estimator="k3"),
-    "entropy": PolicyLossConfig(entropy_coef=0.2),
-    "entropy penalty": PolicyLossConfig(entropy_coef=-0.2),
-    "everything": PolicyLossConfig(dual_clip=1.5, kl_coef=0.1, entropy_coef=0.05, temperature=1.3),
-}
 
 
 def check(batch, config, backend, *, upstream=1.0, **choice):
@@ -46,14 +34,6 @@ def assert_right(got, batch, advantages, config, upstream=1.0, **keywords):
         assert_statistics(getattr(got, name), getattr(exact, name), dtype, name, getattr(naive, name))
     assert_gradient(got.dlogits, exact.dlogits * upstream, dtype, plain=naive.dlogits * upstream,
                     roundings=1 if upstream == 1 else 2)  # fmt: skip
-
-
-def assert_same(got, expected, rows=slice(None)):
-    """Bit for bit, in the given rows; with all rows the loss as well."""
-    if rows == slice(None):
-        assert_bitwise(got.loss, expected.loss, "loss")
-    for name in ("logprobs", "entropy", "dlogits"):
-        assert_bitwise(getattr(got, name)[rows], getattr(expected, name)[rows], name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -463,23 +443,6 @@ def test_dtypes_of_row_values(dtype, backend, device):
 # ---- what a row's result may depend on
 
 
-def test_metrics_are_of_the_values_that_were_passed(backend, device):
-    """They are computed on access; by then the caller may have written other numbers into its buffers."""
-    batch = make_batch(device=device)
-    advantages, keywords = optional_arguments(batch, rollout=True, ref=True)
-
-    def output(*, overwrite: bool):
-        own = {name: x.clone() for name, x in keywords.items()}
-        credit = advantages.clone()
-        out = policy_loss(batch.logits, batch.tokens, credit, backend=backend, **own)
-        if overwrite:
-            for x in (credit, *own.values()):
-                x.zero_()
-        return {name: value.item() for name, value in out.metrics.items()}
-
-    assert output(overwrite=True) == output(overwrite=False)
-
-
 @pytest.mark.parametrize("name", ["dapo", "everything"])
 def test_autocast_changes_nothing(name, backend, device):
     """Statistics stay in float32 inside an autocast region, whatever operators they are made of."""
@@ -539,167 +502,6 @@ def test_micro_batches_add_up(aggregation, as_tensor, backend, device):
     if aggregation != "token-sum":  # whose own normaliser is 1
         advantages, keywords = optional_arguments(batch)
         assert_same(whole, run(batch, advantages, config, backend=backend, **keywords))
-
-
-# ---- weights and metrics
-
-
-def weights_by_hand(mask, mode, normalizer, loss_scale_factor):
-    """The definitions in PolicyLossConfig's docstring, sequence by sequence; mask: list of lists."""
-    tokens = sum(map(sum, mask))
-    sequences = sum(any(row) for row in mask)
-    longest = max((len(row) for row in mask), default=1)
-    rows = []
-    for row in mask:
-        weight = {
-            "token-mean": 1 / (normalizer or max(tokens, 1)),
-            "token-sum": 1 / (normalizer or 1),
-            "seq-mean-token-sum": 1 / (normalizer or max(sequences, 1)),
-            "seq-mean-token-mean": 1 / max(sum(row), 1) / (normalizer or max(sequences, 1)),
-            "seq-mean-token-sum-norm": 1 / (normalizer or max(sequences, 1)) / (loss_scale_factor or max(longest, 1)),
-        }[mode]
-        rows.append([weight if m else 0.0 for m in row])
-    return rows
-
-
-MASKS = {
-    "ragged": [[1, 0, 1, 1], [1, 1], [], [0, 0, 0], [1], [0, 1, 0, 0, 1]],
-    "rectangular": [[1, 1, 0], [0, 0, 0], [1, 0, 1]],
-    "empty": [[0, 0], [0, 0]],
-    "one": [[1]],
-}
-
-
-@pytest.mark.parametrize("normalizer", [None, 5, 0, "tensor"])
-@pytest.mark.parametrize("loss_scale_factor", [None, 16.0])
-@pytest.mark.parametrize("mode", AGGREGATIONS)
-@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS)
-def test_token_weights(rows, mode, loss_scale_factor, normalizer, device):
-    number = {"tensor": 3, 0: 1}.get(normalizer, normalizer)
-    expected = weights_by_hand(rows, mode, number, loss_scale_factor)
-    keywords = {"loss_scale_factor": loss_scale_factor, "dtype": torch.float64,
-                "normalizer": torch.tensor(3, device=device) if normalizer == "tensor" else normalizer}  # fmt: skip
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(map(len, rows))], dtype=torch.int32, device=device)
-    flat = torch.tensor([m for row in rows for m in row], dtype=torch.bool, device=device)
-    exact = torch.tensor([w for row in expected for w in row], dtype=torch.float64, device=device)
-    packed = token_weights(flat, mode, cu_seqlens=cu_seqlens, **keywords)
-    torch.testing.assert_close(packed, exact, rtol=1e-15, atol=0)
-    assert (packed[~flat] == 0).all()
-    if len(set(map(len, rows))) == 1:
-        padded = token_weights(flat.view(len(rows), -1), mode, **keywords)
-        torch.testing.assert_close(padded.view(-1), exact, rtol=1e-15, atol=0)
-
-
-@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
-def test_means_weigh_one_in_all(mode, device):
-    batch = make_batch(5, device=device)
-    total = token_weights(batch.mask, mode, cu_seqlens=batch.cu_seqlens, dtype=torch.float64).sum()
-    assert abs(total.item() - 1) < 1e-15
-
-
-def metrics_by_hand(out, batch, config, old, ref):
-    """Token by token, in Python."""
-    tokens = []
-    for i in range(batch.tokens.numel()):
-        if batch.mask.view(-1)[i]:
-            logprob, entropy, advantage = (x.view(-1)[i].double().item() for x in
-                                           (out.logprobs, out.entropy, batch.advantages))  # fmt: skip
-            log_ratio = 0.0 if old is None else logprob - old.view(-1)[i].item()
-            distance = 0.0 if ref is None else ref.view(-1)[i].item() - logprob
-            tokens.append((entropy, advantage, log_ratio, distance))
-
-    def mean(values):
-        values = list(values)
-        return sum(values) / max(len(values), 1)
-
-    ratios = [torch.tensor(log_ratio).double().exp().item() for _, _, log_ratio, _ in tokens]
-    kl = {"k1": lambda d: -d, "k2": lambda d: d * d / 2, "k3": lambda d: torch.tensor(d).double().exp().item() - 1 - d}
-    return {
-        "entropy": mean(e for e, _, _, _ in tokens),
-        "entropy_positive": mean(e for e, a, _, _ in tokens if a > 0),
-        "entropy_negative": mean(e for e, a, _, _ in tokens if a < 0),
-        "entropy_zero": mean(e for e, a, _, _ in tokens if a == 0),
-        "clip_fraction_low": mean(r < 1 - config.eps_low and t[1] < 0 for r, t in zip(ratios, tokens, strict=True)),
-        "clip_fraction_high": mean(r > 1 + config.eps_high and t[1] > 0 for r, t in zip(ratios, tokens, strict=True)),
-        "ratio_mean": mean(ratios),
-        "ratio_max": max(ratios),
-        "approx_kl": mean(r - 1 - t[2] for r, t in zip(ratios, tokens, strict=True)),
-        "active_fraction": mean(config.kl_coef != 0 or config.entropy_coef != 0 or a != 0 for _, a, _, _ in tokens),
-        "kl": 0.0 if ref is None else mean(kl[config.kl_estimator](d) for _, _, _, d in tokens),
-    }
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("name", "on_policy", "with_ref"), [
-    ("dapo", False, False), ("dapo", True, False), ("dapo", False, True), ("entropy", False, False),
-    ("k1", False, True), ("k2", False, True), ("k3", True, True),
-])  # fmt: skip
-def test_metrics(name, on_policy, with_ref, layout, backend, device):
-    batch = make_batch(57, layout, device=device)
-    advantages, keywords = optional_arguments(batch, on_policy=on_policy, ref=with_ref)
-    out = policy_loss(batch.logits, batch.tokens, advantages, config=CONFIGS[name], backend=backend, **keywords)
-    expected = metrics_by_hand(out, batch, CONFIGS[name], keywords["old_logprobs"], keywords.get("ref_logprobs"))
-    assert set(out.metrics) == set(expected)
-    for metric, value in expected.items():
-        assert out.metrics[metric].item() == pytest.approx(value, rel=2e-6, abs=1e-7), metric
-        assert out.metrics[metric].shape == () and out.metrics[metric].device == batch.logits.device
-
-
-# ---- from rewards to loss
-
-
-def dapo_by_hand(logits, tokens, advantages, mask, old_logprobs, temperature, eps_low, eps_high):
-    """The DAPO loss as its paper writes it, by autograd, sharing no code with the package."""
-    logprobs = torch.log_softmax(logits.double() / temperature, -1).gather(-1, tokens[..., None])[..., 0]
-    ratio = (logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs.double())).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clip(1 - eps_low, 1 + eps_high) * advantages)
-    return -(surrogate * mask).sum() / mask.sum()
-
-
-@pytest.mark.parametrize("on_policy", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_qae_dapo_loss(layout, on_policy, backend, device):
-    batch = make_batch(57, layout, device=device, lengths=(3, 4, 2, 4, 1, 3, 2, 4))
-    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0], device=device)  # hard, then easy
-    old = None if on_policy else batch.old_logprobs
-    arguments = {"mask": batch.mask, "cu_seqlens": batch.cu_seqlens, "old_logprobs": old, "backend": backend}
-    logits = batch.logits.clone().requires_grad_()
-    out = qae_dapo_loss(logits, batch.tokens, rewards, 4, eps_low=0.1, eps_high=0.3, temperature=0.9, **arguments)
-    out.loss.backward()
-
-    advantages = quantile_advantages(rewards, 4, backend=backend).advantages
-    config = PolicyLossConfig(eps_low=0.1, eps_high=0.3, temperature=0.9)
-    assert_same(replace_loss(out, logits), run(batch, advantages, config, **arguments))
-
-    exact = batch.logits.double().requires_grad_()
-    # success rate 1/4: baseline 0, std 1/2; 3/4: baseline 1, std 1/2 (divided by G - 1)
-    by_hand = torch.tensor([2.0, 0, 0, 0, 0, 0, 0, -2], dtype=torch.float64, device=device) / (1 + 2e-6)
-    loss = dapo_by_hand(exact, batch.tokens, batch.spread(by_hand), batch.mask, old, 0.9, 0.1, 0.3)
-    loss.backward()
-    assert_statistics(out.loss.detach(), loss.detach(), torch.float32, "loss")
-    assert_gradient(logits.grad, exact.grad, torch.float32)
-
-
-def replace_loss(out, logits):
-    """A PolicyLossOutput in the shape of what `run` returns."""
-    return type("Result", (), {"loss": out.loss.detach(), "logprobs": out.logprobs, "entropy": out.entropy,
-                               "dlogits": logits.grad})  # fmt: skip
-
-
-def test_qae_dapo_loss_passes_everything_on(backend, device):
-    """k, outcomes, ragged groups, normalizer and inplace reach the two steps."""
-    batch = make_batch(57, "padded", device=device, lengths=(3, 4, 2, 4))
-    rewards, outcomes = torch.tensor([[1.0, -0.5, 0.9, -1.0], [1, 0, 1, 0]], device=device)
-    groups = torch.tensor([5, 2, 2, 5], device=device)
-    logits = batch.logits.clone().requires_grad_()
-    out = qae_dapo_loss(logits, batch.tokens, rewards, groups, k=0.6, outcomes=outcomes, mask=batch.mask,
-                        normalizer=40, inplace=True, backend=backend)  # fmt: skip
-    out.loss.backward()
-    advantages = quantile_advantages(rewards, groups, 0.6, outcomes=outcomes, backend=backend).advantages
-    expected = run(batch, advantages, DAPO, mask=batch.mask, normalizer=40, backend=backend)
-    assert_same(replace_loss(out, logits), expected)
-    assert_bitwise(logits.detach(), expected.dlogits, "logits, overwritten")
-    assert (advantages != quantile_advantages(rewards, groups, 0.4, backend=backend).advantages).any()
 
 
 # ---- sizes that only a GPU can hold
