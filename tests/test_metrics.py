@@ -70,3 +70,14 @@ def test_metrics_are_of_the_values_that_were_passed(backend, device):
         return {name: value.item() for name, value in out.metrics.items()}
 
     assert output(overwrite=True) == output(overwrite=False)
+
+
+def test_tokens_without_rollout_weight_carry_no_credit(backend, device):
+    batch = make_batch(device=device)
+    weights = batch.rollout_weights.clone()
+    weights[::2] = 0
+    out = policy_loss(batch.logits, batch.tokens, batch.advantages, mask=batch.mask, rollout_weights=weights,
+                      backend=backend)  # fmt: skip
+    credit = (batch.advantages * weights != 0) & batch.mask
+    assert 0 < credit.sum() < ((batch.advantages != 0) & batch.mask).sum()
+    assert out.metrics["active_fraction"].item() == pytest.approx(credit.sum().item() / batch.mask.sum().item())
