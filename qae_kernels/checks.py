@@ -55,8 +55,11 @@ def shape(name: str, value: Tensor, expected: torch.Size | tuple[int, ...]) -> N
 
 
 def reads_values(device: torch.device, validate: bool) -> bool:
-    """Whether checks that look at tensor values run: they cost nothing on a CPU, a synchronisation elsewhere."""
-    return validate or device.type == "cpu"
+    """Whether checks that look at tensor values run: they cost nothing on a CPU, a synchronisation elsewhere.
+
+    Never while `torch.compile` traces: there are no values yet.
+    """
+    return (validate or device.type == "cpu") and not torch.compiler.is_compiling()
 
 
 def group_arguments(

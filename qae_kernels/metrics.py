@@ -18,10 +18,13 @@ def loss_metrics(
     ref_logprobs: Tensor | None,
     rollout_weights: Tensor | None,
     config: PolicyLossConfig,
+    whose_entropy: str = "all",
 ) -> dict[str, Tensor]:
     """Means over unmasked tokens, as 0-dim tensors; a mean over no token is 0.
 
-    All arguments have the shape of `tokens`; mask is bool. Masked entries may hold anything.
+    Tensors have the shape of `tokens`; mask is bool. Masked entries may hold anything.
+    whose_entropy: the `entropy` of `policy_loss`. Unless it is "all", tokens without credit have not been read, and
+        count in active_fraction only; for "none" there are no entropies.
 
     entropy; entropy_positive, entropy_negative, entropy_zero: mean entropy, of all tokens and by sign of advantage
     clip_fraction_low, clip_fraction_high: share of tokens whose gradient the lower (A < 0) or upper (A > 0) bound stops
@@ -30,7 +33,11 @@ def loss_metrics(
     active_fraction: share of tokens that carry credit: advantage and rollout weight not 0; 1 with a KL or entropy term
     kl: mean of the penalty's estimate of KL(current || reference); 0 without ref_logprobs
     """
-    count = mask.sum()
+    credit = advantages if rollout_weights is None else advantages * rollout_weights
+    active = (credit != 0) & mask if config.skips_zero_credit else mask
+    active_fraction = active.sum() / mask.sum().clamp(min=1)
+    if whose_entropy != "all":
+        mask = active
 
     def mean(values: Tensor, where: Tensor = mask) -> Tensor:
         return torch.where(where, values, 0).sum() / where.sum().clamp(min=1)
@@ -42,22 +49,24 @@ def loss_metrics(
     ratio = log_ratio.exp()
     clipped_low = (ratio < 1 - config.eps_low) & (advantages < 0)
     clipped_high = (ratio > 1 + config.eps_high) & (advantages > 0)
-    credit = advantages if rollout_weights is None else advantages * rollout_weights
-    active = (credit != 0) if config.skips_zero_credit else mask
     if ref_logprobs is None:
         kl = logprobs.new_zeros(())
     else:
         kl = mean(KL_ESTIMATORS[config.kl_estimator](logprobs, ref_logprobs))
-    return {
-        "entropy": mean(entropy),
-        "entropy_positive": mean(entropy, mask & (advantages > 0)),
-        "entropy_negative": mean(entropy, mask & (advantages < 0)),
-        "entropy_zero": mean(entropy, mask & (advantages == 0)),
+    metrics = {
         "clip_fraction_low": mean(clipped_low.to(ratio.dtype)),
         "clip_fraction_high": mean(clipped_high.to(ratio.dtype)),
         "ratio_mean": mean(ratio),
         "ratio_max": torch.where(mask, ratio, 0).amax() if ratio.numel() else ratio.new_zeros(()),
         "approx_kl": mean(ratio - 1 - log_ratio),
-        "active_fraction": (active & mask).sum() / count.clamp(min=1),
+        "active_fraction": active_fraction,
         "kl": kl,
     }
+    if whose_entropy != "none":
+        metrics |= {
+            "entropy": mean(entropy),
+            "entropy_positive": mean(entropy, mask & (advantages > 0)),
+            "entropy_negative": mean(entropy, mask & (advantages < 0)),
+            "entropy_zero": mean(entropy, mask & (advantages == 0)),
+        }
+    return metrics

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, library
 from .aggregation import spread_to_rows, token_weights
 from .config import PRESETS, PolicyLossConfig
 from .metrics import loss_metrics
@@ -77,13 +76,10 @@ def group_advantages(
     checks.one_of("scale", scale, ("std", "batch", "none"))
     checks.group_arguments(rewards, groups, k, outcomes, eps, correction, validate)
     rewards = rewards.detach().float()
-    if _use_triton(backend, rewards):
-        from .fused.advantages import group_advantages as compute
-    else:
-        from .reference.advantages import group_advantages as compute
-    return compute(
+    return library.group_advantages(
         rewards, groups, baseline=baseline, k=k, outcomes=None if outcomes is None else outcomes.detach().float(),
-        interpolation=interpolation, scale=scale, eps=eps, correction=correction,
+        interpolation=interpolation, scale=scale, eps=float(eps), correction=correction,
+        triton=_use_triton(backend, rewards),
     )  # fmt: skip
 
 
@@ -123,6 +119,7 @@ def policy_loss(
     rollout_weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig = PRESETS["dapo"],
+    entropy: str = "all",
     inplace: bool = False,
     backend: str = "auto",
     validate: bool = False,
@@ -140,8 +137,13 @@ def policy_loss(
     rollout_weights: shape of tokens, or [B]: factor of each token's objective (importance weight of the sampler).
     normalizer: what the summed loss is divided by, see `PolicyLossConfig.aggregation`; give the global batch's count
         when this call is one micro-batch of several. Number or 0-dim tensor; 0 counts as 1.
+    entropy: whose entropy is computed, for the log. "all": of every row. "active": of the rows that carry credit; the
+        others are not read at all, their logprob and entropy come back 0, and the metrics leave them out (except
+        active_fraction). "none": as "active", and no entropy is computed; the metrics have none.
+        Loss and gradient are the same bits. With a KL or entropy term every row is active.
     inplace: write the gradient over the logits, which then hold nothing else: saves [N, V] of memory, if the logits
         are a tensor of their own; the backward of a slice such as `logits[:, :-1]` allocates the whole again.
+        A permission: under torch.compile, which plans memory itself, it is not used.
     backend: "auto", "triton" or "torch". validate: check values on a GPU too, at the price of waiting for it.
 
     A row of advantage 0 gets a gradient of exactly 0 and is not read again in the backward (unless a KL or entropy
@@ -169,6 +171,9 @@ def policy_loss(
     checks.normalizer(normalizer, validate)
     if config.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"kl_coef is {config.kl_coef}: the KL penalty needs ref_logprobs")
+    checks.one_of("entropy", entropy, ("all", "active", "none"))
+    if config.entropy_coef != 0 and entropy == "none":
+        raise ValueError(f"entropy_coef is {config.entropy_coef}: that needs the entropy; entropy='none' computes none")
     if inplace and logits.stride(-1) != 1:
         raise ValueError(f"inplace=True needs logits with stride 1 in the vocabulary; got strides {logits.stride()}")
     if inplace and any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True)):
@@ -191,51 +196,19 @@ def policy_loss(
 
     advantages = per_row(advantages)
     old, ref, rollout = (per_row(x) for x in (old_logprobs, ref_logprobs, rollout_weights))
-    loss, logprobs, entropy = _PolicyLoss.apply(
-        logits, tokens, weights, advantages, old, ref, rollout, config, inplace,
-        _use_triton(backend, logits), logits.requires_grad and torch.is_grad_enabled(),
-    )  # fmt: skip
-    metrics = partial(loss_metrics, logprobs, entropy, advantages, mask, old, ref, rollout, config)
-    return PolicyLossOutput(loss, logprobs, entropy, metrics)
-
-
-class _PolicyLoss(torch.autograd.Function):
-    """Forward forms the gradient of the logits (with scale 1); backward multiplies it by what comes in, once."""
-
-    @staticmethod
-    def forward(ctx, logits, tokens, weights, advantages, old, ref, rollout, config, inplace, use_triton, needs_grad):
-        backend = _vocabulary_backend(use_triton)
-        dlogits = None
-        if needs_grad:
-            dlogits = logits.detach() if inplace else backend.new_gradient(logits)
-        losses, logprobs, entropy = backend.policy_loss_rows(
-            logits.detach(), dlogits, tokens, weights, advantages, old, ref, rollout, config
-        )
-        if needs_grad and inplace:
-            torch.autograd.graph.increment_version(logits)  # whoever saved these logits must hear that they are gone
-        ctx.dlogits, ctx.backend = dlogits, backend
-        logprobs, entropy = logprobs.view(tokens.shape), entropy.view(tokens.shape)
-        ctx.mark_non_differentiable(logprobs, entropy)
-        return losses.sum(), logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, dloss, _dlogprobs, _dentropy):
-        checks.no_double_backward("policy_loss")
-        dlogits, ctx.dlogits = ctx.dlogits, None
-        if dlogits is None:
-            raise RuntimeError(
-                "a second backward through one policy_loss: its gradient was handed out by the first; call it again"
-            )
-        ctx.backend.scale_gradient(dlogits, dloss)
-        return (dlogits,) + (None,) * 10
-
-
-def _vocabulary_backend(use_triton: bool) -> ModuleType:
-    if use_triton:
-        from .fused import policy_loss as backend
+    triton = _use_triton(backend, logits)
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    if inplace and with_gradient and not torch.compiler.is_compiling():
+        rows = (tokens, weights, advantages, old, ref, rollout)
+        loss, logprobs, entropies = library.InplacePolicyLoss.apply(logits, rows, config, entropy, triton)
     else:
-        from .chunked import policy_loss as backend
-    return backend
+        loss, logprobs, entropies, _ = library.policy_loss(
+            logits, tokens, weights, advantages, old, ref, rollout, config.objective, config.kl_estimator,
+            config.eps_low, config.eps_high, config.dual_clip, config.kl_coef, config.entropy_coef,
+            config.temperature, entropy, with_gradient, triton,
+        )  # fmt: skip
+    metrics = partial(loss_metrics, logprobs, entropies, advantages, mask, old, ref, rollout, config, entropy)
+    return PolicyLossOutput(loss, logprobs, entropies, metrics)
 
 
 def qae_dapo_loss(
@@ -253,6 +226,7 @@ def qae_dapo_loss(
     outcomes: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     temperature: float = 1.0,
+    entropy: str = "all",
     inplace: bool = False,
     backend: str = "auto",
     validate: bool = False,
@@ -266,7 +240,7 @@ def qae_dapo_loss(
     config = replace(PRESETS["dapo"], eps_low=eps_low, eps_high=eps_high, temperature=temperature)
     return policy_loss(
         logits, tokens, advantages.advantages, old_logprobs=old_logprobs, mask=mask, cu_seqlens=cu_seqlens,
-        normalizer=normalizer, config=config, inplace=inplace, backend=backend, validate=validate,
+        normalizer=normalizer, config=config, entropy=entropy, inplace=inplace, backend=backend, validate=validate,
     )  # fmt: skip
 
 
@@ -289,8 +263,5 @@ def token_logprobs(
     """
     mask = checks.logits_and_tokens(logits, tokens, mask, validate)
     temperature = PolicyLossConfig(temperature=temperature).temperature
-    if _use_triton(backend, logits):
-        from .fused.token_stats import token_logprobs as compute
-    else:
-        from .chunked.token_stats import token_logprobs as compute
-    return compute(logits, tokens, mask, temperature)
+    logprobs, entropy, *_ = library.token_logprobs(logits, tokens, mask, temperature, _use_triton(backend, logits))
+    return logprobs, entropy

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import wraps
 
 import torch
 from torch import Tensor
+
+
+def lazy(method: Callable) -> property:
+    """`functools.cached_property`, without the lock that `torch.compile` cannot trace."""
+
+    @wraps(method)
+    def get(self):
+        if method.__name__ not in self._computed:
+            self._computed[method.__name__] = method(self)
+        return self._computed[method.__name__]
+
+    return property(get)
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Advantages:
     _success_rate: Tensor
     _std: Tensor
     _num_groups: int | Tensor
+    _computed: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def group_ids(self) -> Tensor:
@@ -48,12 +61,12 @@ class Advantages:
         """[num_groups] f32: standard deviation of the group's rewards; 0 where too few to have one."""
         return self._std[: self.num_groups]
 
-    @cached_property
+    @lazy
     def num_groups(self) -> int:
         """Number of groups. With groups given as ids on a GPU, reading it waits for the GPU."""
         return int(self._num_groups)
 
-    @cached_property
+    @lazy
     def zero_fraction(self) -> Tensor:
         """0-dim f32: share of responses whose advantage is exactly 0."""
         return 1 - self.active.float().mean() if self.active.numel() else self.advantages.new_zeros(())
@@ -73,8 +86,9 @@ class PolicyLossOutput:
     logprobs: Tensor
     entropy: Tensor
     _compute_metrics: Callable[[], dict[str, Tensor]]
+    _computed: dict = field(default_factory=dict, repr=False, compare=False)
 
-    @cached_property
+    @lazy
     def metrics(self) -> dict[str, Tensor]:
         with torch.no_grad():
             return self._compute_metrics()

@@ -10,7 +10,7 @@ from cases import AGGREGATIONS, CONFIGS, LAYOUTS, assert_same, make_batch, optio
 from tolerances import arithmetic_dtype, assert_bitwise, assert_gradient, assert_statistics
 
 from qae_kernels import PRESETS, PolicyLossConfig, policy_loss
-from qae_kernels.ops import _vocabulary_backend
+from qae_kernels.library import _policy_loss_path
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DAPO = PRESETS["dapo"]
@@ -357,7 +357,7 @@ def test_without_gradient(needs_gradient, inplace, backend, device, monkeypatch)
     batch = make_batch(57, device=device)
     advantages, keywords = optional_arguments(batch)
     expected = run(batch, advantages, DAPO, backend=backend, **keywords)
-    module = _vocabulary_backend(backend == "triton")
+    module = _policy_loss_path(backend == "triton")
     formed = []
     compute = module.policy_loss_rows
     monkeypatch.setattr(module, "policy_loss_rows", lambda x, dx, *rest: formed.append(dx) or compute(x, dx, *rest))

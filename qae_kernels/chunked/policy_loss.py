@@ -29,43 +29,50 @@ def policy_loss_rows(
     ref_logprobs: Tensor | None,
     rollout_weights: Tensor | None,
     config: PolicyLossConfig,
+    entropy: str = "all",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills dlogits (from `new_gradient`, or the logits themselves) unless None.
 
-    Returns (weighted loss of each row, logprobs, entropy).
+    entropy: see `qae_kernels.policy_loss`. Returns (weighted loss of each row, logprobs, entropy), shape of tokens.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     vocab = logits.shape[-1]
+    shape = tokens.shape
     losses = torch.zeros(tokens.numel(), dtype=dtype, device=logits.device)
-    logprobs, entropy = torch.zeros_like(losses), torch.zeros_like(losses)
+    logprobs, entropies = torch.zeros_like(losses), torch.zeros_like(losses)
     tokens, weights = tokens.reshape(-1), weights.reshape(-1)
     advantages = advantages.reshape(-1)
     old, ref, rollout = (None if x is None else x.reshape(-1) for x in (old_logprobs, ref_logprobs, rollout_weights))
 
     def one_chunk(rows: Tensor, write: bool) -> None:
-        stats = row_statistics(logits, rows, tokens[rows], config.temperature)
-        logprobs[rows], entropy[rows] = stats.logprobs, stats.entropy
-        with torch.enable_grad():
-            lp, ent = stats.logprobs.detach().requires_grad_(), stats.entropy.detach().requires_grad_()
+        stats = row_statistics(logits, rows, tokens[rows], config.temperature, with_entropy=entropy != "none")
+        logprobs[rows], entropies[rows] = stats.logprobs, stats.entropy
+
+        def loss_of(logprobs, entropy):
             optional = (None if x is None else x[rows] for x in (old, ref, rollout))
-            loss = weights[rows] * token_losses(lp, ent, advantages[rows], *optional, config)
-            if write:
-                dlogp, dentropy = torch.autograd.grad(loss.sum(), (lp, ent), allow_unused=True)
-        losses[rows] = loss.detach()
-        if write:
+            loss = weights[rows] * token_losses(logprobs, entropy, advantages[rows], *optional, config)
+            return loss.sum(), loss
+
+        if write:  # torch.func: within an operator of torch.library, torch.autograd records nothing
+            derivative = torch.func.grad(loss_of, argnums=(0, 1), has_aux=True)
+            (dlogp, dentropy), losses[rows] = derivative(stats.logprobs, stats.entropy)
+            dentropy = None if config.entropy_coef == 0 else dentropy
             write_row_gradient(dlogits, rows, tokens[rows], stats, dlogp, dentropy, config.temperature)
+        else:
+            losses[rows] = loss_of(stats.logprobs, stats.entropy)[1]
 
     unmasked = weights != 0
     credit = advantages if rollout is None else advantages * rollout
     active = unmasked & (credit != 0) if config.skips_zero_credit else unmasked
-    for rows in chunks((unmasked & ~active).nonzero()[:, 0], vocab, dtype):
-        one_chunk(rows, write=False)
+    if entropy == "all":
+        for rows in chunks((unmasked & ~active).nonzero()[:, 0], vocab, dtype):
+            one_chunk(rows, write=False)
     if dlogits is not None and dlogits.data_ptr() == logits.data_ptr():  # in place; a new gradient is born zero
         for rows in chunks((~active).nonzero()[:, 0], vocab, dtype):
             put_rows(dlogits, rows, 0)
     for rows in chunks(active.nonzero()[:, 0], vocab, dtype):
         one_chunk(rows, write=dlogits is not None)
-    return losses, logprobs, entropy
+    return losses, logprobs.view(shape), entropies.view(shape)
 
 
 def scale_gradient(dlogits: Tensor, factor: Tensor) -> None:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import no_double_backward
-
 CHUNK_BYTES = 4 * 2**20  # of the scratch that one chunk of logits takes; two such live at a time, and fit a cache
 LOWEST = -1e30  # stands for -inf where 0 * inf would be NaN
 
@@ -60,8 +58,10 @@ def chunks(rows: Tensor, vocab: int, dtype: torch.dtype) -> Iterator[Tensor]:
     return iter(rows.split(per_chunk)) if rows.numel() else iter(())
 
 
-def row_statistics(logits: Tensor, rows: Tensor, tokens: Tensor, temperature: float) -> RowStatistics:
-    """Statistics of the given rows; tokens [n] are those rows' tokens."""
+def row_statistics(
+    logits: Tensor, rows: Tensor, tokens: Tensor, temperature: float, with_entropy: bool = True
+) -> RowStatistics:
+    """Statistics of the given rows; tokens [n] are those rows' tokens. The entropy is 0 where nobody wants it."""
     z = take_rows(logits, rows, torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1:
         z.div_(temperature)
@@ -70,7 +70,10 @@ def row_statistics(logits: Tensor, rows: Tensor, tokens: Tensor, temperature: fl
     z.clamp_(min=LOWEST)
     terms = z.exp()
     total = terms.sum(1)
-    entropy = total.log() - (terms * z).sum(1) / total  # not vecdot: autocast would round it to bfloat16
+    if with_entropy:
+        entropy = total.log() - (terms * z).sum(1) / total  # not vecdot: autocast would round it to bfloat16
+    else:
+        entropy = torch.zeros_like(total)
     return RowStatistics(z, terms, total, target - total.log(), entropy)
 
 
@@ -92,33 +95,28 @@ def write_row_gradient(
     put_rows(dlogits, rows, dx)
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """(logits, tokens, mask, temperature) -> (logprobs, entropy). Saves the logits; backward recomputes by chunk."""
-
-    @staticmethod
-    def forward(ctx, logits, tokens, mask, temperature):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        logprobs = torch.zeros(tokens.shape, dtype=dtype, device=logits.device)
-        entropy = torch.zeros_like(logprobs)
-        for rows in chunks(mask.reshape(-1).nonzero()[:, 0], logits.shape[-1], dtype):
-            stats = row_statistics(logits, rows, tokens.reshape(-1)[rows], temperature)
-            logprobs.view(-1)[rows], entropy.view(-1)[rows] = stats.logprobs, stats.entropy
-        ctx.save_for_backward(logits, tokens, mask)
-        ctx.temperature = temperature
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, dlogprobs, dentropy):
-        no_double_backward("token_logprobs")
-        logits, tokens, mask = ctx.saved_tensors
-        dlogprobs, dentropy, tokens = dlogprobs.reshape(-1), dentropy.reshape(-1), tokens.reshape(-1)
-        dlogits = logits.new_zeros(logits.shape)
-        wanted = mask.reshape(-1) & ((dlogprobs != 0) | (dentropy != 0))
-        for rows in chunks(wanted.nonzero()[:, 0], logits.shape[-1], dlogprobs.dtype):
-            stats = row_statistics(logits, rows, tokens[rows], ctx.temperature)
-            write_row_gradient(dlogits, rows, tokens[rows], stats, dlogprobs[rows], dentropy[rows], ctx.temperature)
-        return dlogits, None, None, None
+def token_logprobs_rows(
+    logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, -, -), shape of tokens; the last two are for the other path's backward, not set here."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logprobs = torch.zeros(tokens.shape, dtype=dtype, device=logits.device)
+    entropy = torch.zeros_like(logprobs)
+    for rows in chunks(mask.reshape(-1).nonzero()[:, 0], logits.shape[-1], dtype):
+        stats = row_statistics(logits, rows, tokens.reshape(-1)[rows], temperature)
+        logprobs.view(-1)[rows], entropy.view(-1)[rows] = stats.logprobs, stats.entropy
+    return logprobs, entropy, torch.empty_like(logprobs), torch.empty_like(logprobs)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    return TokenLogprobs.apply(logits, tokens, mask, temperature)
+def token_logprobs_gradient(
+    logits: Tensor, tokens: Tensor, mask: Tensor, peak: Tensor, log2_sum: Tensor, entropy: Tensor, dlogprobs: Tensor,
+    dentropy: Tensor, temperature: float,
+) -> Tensor:  # fmt: skip
+    """Gradient of the logits from those of logprobs and entropy; the statistics are computed again, by chunk."""
+    dlogprobs, dentropy, tokens = dlogprobs.reshape(-1), dentropy.reshape(-1), tokens.reshape(-1)
+    dlogits = logits.new_zeros(logits.shape)
+    wanted = mask.reshape(-1) & ((dlogprobs != 0) | (dentropy != 0))
+    for rows in chunks(wanted.nonzero()[:, 0], logits.shape[-1], dlogprobs.dtype):
+        stats = row_statistics(logits, rows, tokens[rows], temperature)
+        write_row_gradient(dlogits, rows, tokens[rows], stats, dlogprobs[rows], dentropy[rows], temperature)
+    return dlogits

@@ -226,7 +226,7 @@ def group_advantages(
     advantages = torch.empty(batch, dtype=torch.float32, device=device)
     active = torch.empty(batch, dtype=torch.bool, device=device)
     group_ids = torch.empty(most_groups, dtype=torch.int64, device=device)
-    center, success_rate, std = torch.empty((3, most_groups), dtype=torch.float32, device=device).unbind()
+    center, success_rate, std = (torch.empty(most_groups, dtype=torch.float32, device=device) for _ in range(3))
     k_tensor, k_number = (k.contiguous(), 0.5) if isinstance(k, torch.Tensor) else (None, k)
     if programs:
         with torch.cuda.device_of(rewards):

@@ -5,7 +5,8 @@
 The factor that row r's gradient needs, w_r dl_r/dlogprob, is known as soon as its statistics are, so the same program
 goes over the row a second time and writes dx (in place, if asked); `backward` only multiplies by the incoming scalar.
 A masked row (w = 0) is not read at all. A row without credit (advantage 0, no KL or entropy term) is read once, for its
-entropy, and gets zeros. The kernel knows no objective: `OBJECTIVE` and `KL` are device functions (`objectives.py`).
+entropy, and gets zeros; where nobody wants its entropy (READ_IDLE false) it is not read either. A row whose token is
+clipped gets zeros as well. The kernel knows no objective: `OBJECTIVE` and `KL` are device functions (`objectives.py`).
 
 Shapes: logits [N, V] or [B, T, V]; tokens, weights, old_logprobs, ref_logprobs, rollout_weights as the
 rows; advantages too, or one per response through a stride of 0. Backward keeps dx, and nothing else.
@@ -22,6 +23,7 @@ from .token_stats import (
     as_rows,
     is_aligned,
     launch_config,
+    num_warps,
     row_start,
     row_statistics,
     target_logit,
@@ -38,32 +40,30 @@ def policy_loss_kernel(
     x_ptr, stride_x_b, stride_x_t, dx_ptr, stride_dx_b, stride_dx_t, tokens_ptr, weights_ptr,
     advantages_ptr, stride_a_b, stride_a_t, old_ptr, ref_ptr, rollout_ptr, loss_ptr, logprobs_ptr, entropy_ptr,
     T, scale, inv_temperature, kl_coef, entropy_coef, hyper,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, READ_IDLE: tl.constexpr, ENTROPY: tl.constexpr,
+    WRITE_ZEROS: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
+    advantage = tl.load(row_start(advantages_ptr, row, stride_a_b, stride_a_t, T, False))
+    importance = 1.0
+    if rollout_ptr is not None:
+        importance = tl.load(rollout_ptr + row)
+    credit = advantage * importance
+    is_read = weight != 0
+    if not READ_IDLE:
+        is_read = is_read & ((credit != 0) | (kl_coef != 0) | (entropy_coef != 0))
     if dx_ptr is not None:
         dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T, ALIGNED)
-    if weight == 0:
-        tl.store(loss_ptr + row, 0.0)
-        tl.store(logprobs_ptr + row, 0.0)
-        tl.store(entropy_ptr + row, 0.0)
-        if dx_ptr is not None:
-            write_zero_row(dx_row, V, BLOCK)
-    else:
+    if is_read:
         x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
         token = tl.load(tokens_ptr + row)
         target = target_logit(x_row, token, V)
-        peak, log2_sum, entropy = row_statistics(x_row, scale, V, BLOCK)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, ENTROPY, V, BLOCK, THREADS)
         logprob = target_logprob(target, peak, log2_sum, scale)
         tl.store(logprobs_ptr + row, logprob)
         tl.store(entropy_ptr + row, entropy)
 
-        advantage = tl.load(row_start(advantages_ptr, row, stride_a_b, stride_a_t, T, False))
-        importance = 1.0
-        if rollout_ptr is not None:
-            importance = tl.load(rollout_ptr + row)
-        credit = advantage * importance
         if old_ptr is not None:
             old_logprob = tl.load(old_ptr + row)
         else:  # on-policy; finite, so that a token of probability 0 has the ratio 0
@@ -79,10 +79,17 @@ def policy_loss_kernel(
         tl.store(loss_ptr + row, weight * loss)
 
         if dx_ptr is not None:
-            if (credit != 0) | (kl_coef != 0) | (entropy_coef != 0):
+            if (dlogp != 0) | (entropy_coef != 0):
                 write_row_gradient(x_row, dx_row, token, target, peak, log2_sum, entropy, weight * dlogp,
                                    -weight * entropy_coef, scale, inv_temperature, V, BLOCK)  # fmt: skip
-            else:
+            elif WRITE_ZEROS | (credit != 0):
+                write_zero_row(dx_row, V, BLOCK)
+    else:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(logprobs_ptr + row, 0.0)
+        tl.store(entropy_ptr + row, 0.0)
+        if dx_ptr is not None:
+            if WRITE_ZEROS:
                 write_zero_row(dx_row, V, BLOCK)
 
 
@@ -116,8 +123,13 @@ def policy_loss_rows(
     ref_logprobs: torch.Tensor | None,
     rollout_weights: torch.Tensor | None,
     config: PolicyLossConfig,
+    entropy: str = "all",
+    write_zeros: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launches the kernel once; fills dlogits (from `new_gradient`, or the logits themselves) unless None.
+
+    entropy: see `qae_kernels.policy_loss`. write_zeros=False leaves the rows of dlogits that carry no credit as they
+    are, for a caller who does not look at them.
 
     Returns (weighted loss of each row, logprobs, entropy), f32, shape of tokens.
     """
@@ -126,25 +138,26 @@ def policy_loss_rows(
     tokens, weights, old_logprobs, ref_logprobs, rollout_weights = (
         None if v is None else v.contiguous() for v in (tokens, weights, old_logprobs, ref_logprobs, rollout_weights)
     )
-    losses, logprobs, entropy = (torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(3))
+    outputs = tuple(torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(3))
     if tokens.numel() == 0:
-        return losses, logprobs, entropy
+        return outputs
     dx, dstride_b, dstride_t, _ = (None, 0, 0, 0) if dlogits is None else as_rows(dlogits)
     stride_a = (0, advantages.stride(0)) if advantages.dim() == 1 else advantages.stride()
     dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
-    block, warps = launch_config(vocab, x.dtype)
+    block, threads = launch_config(vocab, x.dtype)
     with torch.cuda.device_of(x):
         policy_loss_kernel[(tokens.numel(),)](
             x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, weights,
-            advantages, *stride_a, old_logprobs, ref_logprobs, rollout_weights, losses, logprobs, entropy,
+            advantages, *stride_a, old_logprobs, ref_logprobs, rollout_weights, *outputs,
             T, LOG2E / config.temperature, 1 / config.temperature, float(config.kl_coef), float(config.entropy_coef),
             (float(config.eps_low), float(config.eps_high), float(dual_clip)),
             OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
-            V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=warps,
+            READ_IDLE=entropy == "all", ENTROPY=entropy != "none", WRITE_ZEROS=write_zeros,
+            V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
         )  # fmt: skip
     if dx is not dlogits:
         dlogits.copy_(dx)
-    return losses, logprobs, entropy
+    return outputs
 
 
 def scale_gradient(dlogits: torch.Tensor, factor: torch.Tensor) -> None:
@@ -152,11 +165,12 @@ def scale_gradient(dlogits: torch.Tensor, factor: torch.Tensor) -> None:
     dx, stride_b, stride_t, T = as_rows(dlogits)
     vocab = dx.shape[-1]
     rows = dx.numel() // vocab
-    block, warps = launch_config(vocab, dx.dtype)
+    block, threads = launch_config(vocab, dx.dtype)
     if rows:
         with torch.cuda.device_of(dx):
             scale_kernel[(rows,)](
-                dx, stride_b, stride_t, factor, T, V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=warps
-            )
+                dx, stride_b, stride_t, factor, T,
+                V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=num_warps(threads),
+            )  # fmt: skip
     if dx is not dlogits:
         dlogits.copy_(dx)

@@ -6,9 +6,9 @@
 
 Exponentials are base 2, with log2(e) and 1/temperature folded into one factor `scale`, so one fused multiply-add and
 one EX2 make a term. Everything is relative to `peak`, the rounded product of the row maximum and `scale`; because the
-same rounded number is subtracted everywhere, large common offsets cost no accuracy. A tile is [threads, 8]: in aligned
-16-bit rows the eight are neighbours within one thread and are reduced without leaving it, and the threads meet once, at
-the end of the row.
+same rounded number is subtracted everywhere, large common offsets cost no accuracy. A tile is [loads, threads, width],
+width elements being 16 bytes: in aligned rows each thread owns whole loads, reduces them without leaving itself,
+rescales its running sums once per tile, and the threads meet once, at the end of the row.
 
 x, dx: [B, T, V] with any strides of B and T and stride 1 in V (flat [N, V]: B = 1, T = N). Row r is (r // T, r % T).
 Per-row vectors [N] are contiguous. Backward keeps per row: peak, log2_sum (f32) and the entropy.
@@ -19,8 +19,6 @@ import math
 import torch
 import triton
 import triton.language as tl
-
-from ..checks import no_double_backward
 
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2))
@@ -41,42 +39,62 @@ def row_start(ptr, row, stride_b, stride_t, T, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _accumulate(x, peak, total, weighted, scale):
-    """Adds a tile [threads, 8] to the running state [threads] (log2 units, relative to peak):
+def _accumulate(x, peak, total, weighted, scale, ENTROPY: tl.constexpr, CLAMP: tl.constexpr):
+    """Adds a tile [loads, threads, width] to the running state [threads] (log2 units, relative to peak):
     total = sum 2^(u - peak), weighted = sum 2^(u - peak) (u - peak), u = x scale."""
-    new_peak = tl.maximum(peak, tl.max(x, 1) * scale)
-    u = tl.fma(x, scale, -new_peak[:, None])
-    u = tl.maximum(u, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    new_peak = tl.maximum(peak, tl.max(tl.max(x, 2), 0) * scale)
+    u = tl.fma(x, scale, -new_peak[None, :, None])
+    if CLAMP:
+        u = tl.maximum(u, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(u)
     shift = peak - new_peak
     shrink = tl.exp2(shift)
-    weighted = (weighted + total * shift) * shrink + tl.sum(e * u, 1)
-    total = total * shrink + tl.sum(e, 1)
+    if ENTROPY:
+        weighted = tl.fma(tl.fma(total, shift, weighted), shrink, tl.sum(tl.sum(e * u, 2), 0))
+    total = tl.fma(total, shrink, tl.sum(tl.sum(e, 2), 0))
     return new_peak, total, weighted
 
 
 @triton.jit
-def row_statistics(x_ptr, scale, V: tl.constexpr, BLOCK: tl.constexpr):
-    """Returns peak, log2_sum and the entropy in nats: log2 sum 2^(x scale) = peak + log2_sum."""
-    THREADS: tl.constexpr = BLOCK // 8
+def _row_sums(x_ptr, scale, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+              THREADS: tl.constexpr):  # fmt: skip
+    """The state of a whole row: (peak, total, weighted). Without CLAMP an infinite logit makes weighted NaN."""
+    WIDTH: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    LOADS: tl.constexpr = BLOCK // THREADS // WIDTH
     MAIN: tl.constexpr = V // BLOCK * BLOCK
-    offs = tl.arange(0, THREADS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    load = tl.arange(0, LOADS)[:, None, None] * (THREADS * WIDTH)
+    offs = load + tl.arange(0, THREADS)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     peak = tl.full([THREADS], LOWEST, tl.float32)
     total = tl.zeros([THREADS], tl.float32)
     weighted = tl.zeros([THREADS], tl.float32)
     for start in range(0, MAIN, BLOCK):
         x = tl.load(x_ptr + start + offs).to(tl.float32)
-        peak, total, weighted = _accumulate(x, peak, total, weighted, scale)
+        peak, total, weighted = _accumulate(x, peak, total, weighted, scale, ENTROPY, CLAMP)
     if MAIN < V:
         x = tl.load(x_ptr + MAIN + offs, mask=MAIN + offs < V, other=float("-inf")).to(tl.float32)
-        peak, total, weighted = _accumulate(x, peak, total, weighted, scale)
+        peak, total, weighted = _accumulate(x, peak, total, weighted, scale, ENTROPY, True)
     row_peak = tl.max(peak, 0)
     shift = peak - row_peak
     shrink = tl.exp2(shift)
-    row_total = tl.sum(total * shrink, 0)
-    row_weighted = tl.sum((weighted + total * shift) * shrink, 0)
-    log2_sum = tl.log2(row_total)
-    return row_peak, log2_sum, (log2_sum - row_weighted / row_total) * LN2
+    return row_peak, tl.sum(total * shrink, 0), tl.sum(tl.fma(total, shift, weighted) * shrink, 0)
+
+
+@triton.jit
+def row_statistics(x_ptr, scale, ENTROPY: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """Returns peak, log2_sum and the entropy in nats (0 without ENTROPY): log2 sum 2^(x scale) = peak + log2_sum.
+
+    A clamp per element would make -inf logits harmless (0 * -inf is NaN) at the price of one instruction in nine. Rows
+    that hold such logits are rare: they show by their NaN, and are read once more with the clamp.
+    """
+    peak, total, weighted = _row_sums(x_ptr, scale, ENTROPY, False, V, BLOCK, THREADS)
+    if ENTROPY:
+        if weighted != weighted:
+            peak, total, weighted = _row_sums(x_ptr, scale, ENTROPY, True, V, BLOCK, THREADS)
+    log2_sum = tl.log2(total)
+    entropy = tl.zeros([], tl.float32)
+    if ENTROPY:
+        entropy = (log2_sum - weighted / total) * LN2
+    return peak, log2_sum, entropy
 
 
 @triton.jit
@@ -104,17 +122,19 @@ def _softmax_part(x, constant, slope, peak, scale, SLOPE: tl.constexpr):
 @triton.jit
 def _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, SLOPE: tl.constexpr, V: tl.constexpr,
                         BLOCK: tl.constexpr):  # fmt: skip
+    """From the end of the row to its beginning: what was read last is the likeliest to be in the cache still."""
     MAIN: tl.constexpr = V // BLOCK * BLOCK
     offs = tl.arange(0, BLOCK)
-    for start in range(0, MAIN, BLOCK):
-        x = tl.load(x_ptr + start + offs).to(tl.float32)
-        dx = _softmax_part(x, constant, slope, peak, scale, SLOPE)
-        tl.store(dx_ptr + start + offs, dx.to(dx_ptr.dtype.element_ty))
     if MAIN < V:
         inside = MAIN + offs < V
         x = tl.load(x_ptr + MAIN + offs, mask=inside, other=0.0).to(tl.float32)
         dx = _softmax_part(x, constant, slope, peak, scale, SLOPE)
         tl.store(dx_ptr + MAIN + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    for done in range(0, MAIN, BLOCK):
+        start = MAIN - BLOCK - done
+        x = tl.load(x_ptr + start + offs).to(tl.float32)
+        dx = _softmax_part(x, constant, slope, peak, scale, SLOPE)
+        tl.store(dx_ptr + start + offs, dx.to(dx_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -151,7 +171,7 @@ def write_zero_row(dx_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_x_b", "stride_x_t", "T"])
 def token_logprobs_kernel(
     x_ptr, stride_x_b, stride_x_t, tokens_ptr, mask_ptr, logprobs_ptr, entropy_ptr, peak_ptr, log2_sum_ptr,
-    T, scale, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    T, scale, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if tl.load(mask_ptr + row) == 0:
@@ -160,7 +180,7 @@ def token_logprobs_kernel(
     else:
         x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
         target = target_logit(x_row, tl.load(tokens_ptr + row), V)
-        peak, log2_sum, entropy = row_statistics(x_row, scale, V, BLOCK)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, True, V, BLOCK, THREADS)
         tl.store(logprobs_ptr + row, target_logprob(target, peak, log2_sum, scale))
         tl.store(entropy_ptr + row, entropy)
         tl.store(peak_ptr + row, peak)
@@ -188,10 +208,21 @@ def token_logprobs_backward_kernel(
 
 
 def launch_config(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK, num_warps), decided by vocabulary and dtype only: the same row always takes the same path."""
-    largest = 8192 if dtype.itemsize == 2 else 4096
-    block = max(256, min(largest, triton.next_power_of_2(vocab)))
-    return block, max(1, min(8, block // 1024))
+    """(BLOCK, THREADS), decided by vocabulary and dtype only: the same row always takes the same path.
+
+    A thread has 64 bytes of a row in flight at a time, a multiprocessor 1024 threads. They work on one row of 300 KB
+    or on several shorter ones, so that the second pass may find the rows in flight in the L2 cache (not measured yet).
+    """
+    row_bytes = vocab * dtype.itemsize
+    threads = 32 * min(32, triton.next_power_of_2(max(1, row_bytes // 10_240)))
+    return threads * 64 // dtype.itemsize, threads
+
+
+def num_warps(threads: int) -> int:
+    """Of the target that Triton compiles for; the interpreter has none."""
+    if triton.knobs.runtime.interpret:
+        return 1
+    return max(1, threads // triton.runtime.driver.active.get_current_target().warp_size)
 
 
 def is_aligned(vocab: int) -> bool:
@@ -216,49 +247,39 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     return x, x.stride(0), x.stride(1), max(1, x.shape[1])
 
 
-class TokenLogprobs(torch.autograd.Function):
-    """(logits, tokens, mask, temperature) -> (logprobs, entropy). Saves the logits and three numbers per row."""
-
-    @staticmethod
-    def forward(ctx, logits, tokens, mask, temperature):
-        x, stride_b, stride_t, T = as_rows(logits)
-        vocab = x.shape[-1]
-        tokens, mask = tokens.contiguous(), mask.contiguous()
-        logprobs, entropy, peak, log2_sum = (
-            torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(4)
-        )
-        block, warps = launch_config(vocab, x.dtype)
-        if tokens.numel():
-            with torch.cuda.device_of(x):
-                token_logprobs_kernel[(tokens.numel(),)](
-                    x, stride_b, stride_t, tokens, mask, logprobs, entropy, peak, log2_sum,
-                    T, LOG2E / temperature, V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=warps,
-                )  # fmt: skip
-        ctx.save_for_backward(
-            logits, tokens, mask, peak, log2_sum, entropy.clone()
-        )  # the caller may write over its own
-        ctx.temperature = temperature
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, dlogprobs, dentropy):
-        no_double_backward("token_logprobs")
-        logits, tokens, mask, peak, log2_sum, entropy = ctx.saved_tensors
-        x, stride_b, stride_t, T = as_rows(logits)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        _, dstride_b, dstride_t, _ = as_rows(dx)
-        block, warps = launch_config(x.shape[-1], x.dtype)
-        if tokens.numel():
-            with torch.cuda.device_of(x):
-                token_logprobs_backward_kernel[(tokens.numel(),)](
-                    x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, mask, peak, log2_sum,
-                    entropy, dlogprobs.contiguous(), dentropy.contiguous(), T, LOG2E / ctx.temperature,
-                    1 / ctx.temperature, V=x.shape[-1], ALIGNED=is_aligned(x.shape[-1]), BLOCK=block, num_warps=warps,
-                )  # fmt: skip
-        return dx, None, None, None
-
-
-def token_logprobs(
+def token_logprobs_rows(
     logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return TokenLogprobs.apply(logits, tokens, mask, temperature)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (logprobs, entropy, peak, log2_sum), f32, shape of tokens; the last two are not set in masked rows."""
+    x, stride_b, stride_t, T = as_rows(logits)
+    vocab = x.shape[-1]
+    outputs = tuple(torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(4))
+    block, threads = launch_config(vocab, x.dtype)
+    if tokens.numel():
+        with torch.cuda.device_of(x):
+            token_logprobs_kernel[(tokens.numel(),)](
+                x, stride_b, stride_t, tokens.contiguous(), mask.contiguous(), *outputs,
+                T, LOG2E / temperature, V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, THREADS=threads,
+                num_warps=num_warps(threads),
+            )  # fmt: skip
+    return outputs
+
+
+def token_logprobs_gradient(
+    logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, peak: torch.Tensor, log2_sum: torch.Tensor,
+    entropy: torch.Tensor, dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: float,
+) -> torch.Tensor:  # fmt: skip
+    """Gradient of the logits, from what `token_logprobs_rows` returned and the gradients of its first two results."""
+    x, stride_b, stride_t, T = as_rows(logits)
+    vocab = x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _, dstride_b, dstride_t, _ = as_rows(dx)
+    per_row = (v.contiguous() for v in (tokens, mask, peak, log2_sum, entropy, dlogprobs, dentropy))
+    block, threads = launch_config(vocab, x.dtype)
+    if tokens.numel():
+        with torch.cuda.device_of(x):
+            token_logprobs_backward_kernel[(tokens.numel(),)](
+                x, stride_b, stride_t, dx, dstride_b, dstride_t, *per_row, T, LOG2E / temperature,
+                1 / temperature, V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=num_warps(threads),
+            )  # fmt: skip
+    return dx
