@@ -49,7 +49,10 @@ def policy_loss(
     eps_high: float, dual_clip: float | None, kl_coef: float, entropy_coef: float, temperature: float, entropy: str,
     with_gradient: bool, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [], logprobs, entropy, gradient of the loss by the logits: [0] unless with_gradient)."""
+    """(loss [], logprobs, entropy, gradient of the loss by the logits: [0] unless with_gradient).
+
+    The backward hands that gradient out, multiplied in place: nobody else may look at it.
+    """
     config = PolicyLossConfig(
         objective, kl_estimator=kl_estimator, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip, kl_coef=kl_coef,
         entropy_coef=entropy_coef, temperature=temperature,
@@ -83,23 +86,15 @@ def _policy_loss_backward(ctx, dloss, *_):
         raise RuntimeError(SECOND_BACKWARD)
     ctx.done = True
     (dlogits,) = ctx.saved_tensors
-    scale_(dlogits, dloss, ctx.triton)
+    if type(dlogits) is Tensor:
+        _policy_loss_path(ctx.triton).scale_gradient(dlogits, dloss)
+    else:  # a tracer's tensor: writing over an output of the forward is not for a graph, which plans its memory itself
+        dlogits = dlogits * dloss.to(dlogits.dtype)
     return (dlogits,) + (None,) * 17
 
 
 SECOND_BACKWARD = "a second backward through one policy_loss: its gradient was handed out by the first; call it again"
 policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_context)
-
-
-@torch.library.custom_op("qae_kernels::scale_", mutates_args=("dlogits",))
-def scale_(dlogits: Tensor, factor: Tensor, triton: bool) -> None:
-    """dlogits *= factor (0-dim); the Triton path reads nothing where the factor is 1, which only the device knows."""
-    _policy_loss_path(triton).scale_gradient(dlogits, factor)
-
-
-@scale_.register_fake
-def _(dlogits, factor, triton):
-    return None
 
 
 class InplacePolicyLoss(torch.autograd.Function):
@@ -133,13 +128,14 @@ class InplacePolicyLoss(torch.autograd.Function):
 def token_logprobs(
     logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, and two numbers per row that the backward wants)."""
+    """(logprobs, entropy, and two numbers per row that the Triton path's backward wants; [0] for the other)."""
     return _token_stats_path(triton).token_logprobs_rows(logits, tokens, mask, temperature)
 
 
 @token_logprobs.register_fake
 def _(logits, tokens, mask, temperature, triton):
-    return tuple(_per_row(tokens, logits) for _ in range(4))
+    kept = tokens if triton else tokens.new_empty(0)
+    return _per_row(tokens, logits), _per_row(tokens, logits), _per_row(kept, logits), _per_row(kept, logits)
 
 
 @torch.library.custom_op("qae_kernels::token_logprobs_backward", mutates_args=())

@@ -81,3 +81,25 @@ def test_tokens_without_rollout_weight_carry_no_credit(backend, device):
     credit = (batch.advantages * weights != 0) & batch.mask
     assert 0 < credit.sum() < ((batch.advantages != 0) & batch.mask).sum()
     assert out.metrics["active_fraction"].item() == pytest.approx(credit.sum().item() / batch.mask.sum().item())
+
+
+@pytest.mark.parametrize("entropy", ["active", "none"])
+@pytest.mark.parametrize("name", ["dapo", "k3"])
+def test_metrics_of_the_rows_that_were_read(name, entropy, backend, device):
+    """As if the rows without credit were masked, except for active_fraction; without entropy none of its keys."""
+    config = CONFIGS[name]
+    batch = make_batch(57, device=device)
+    advantages, keywords = optional_arguments(batch, ref=True, rollout=True)
+    mask = keywords.pop("mask")
+
+    def metrics(mask, entropy):
+        return policy_loss(batch.logits, batch.tokens, advantages, mask=mask, config=config, entropy=entropy,
+                           backend=backend, **keywords).metrics  # fmt: skip
+
+    whole = metrics(mask, "all")
+    expected = metrics(mask & (batch.advantages != 0), "all") if config.skips_zero_credit else whole
+    expected["active_fraction"] = whole["active_fraction"]
+    got = metrics(mask, entropy)
+    assert set(got) == {key for key in expected if entropy == "active" or not key.startswith("entropy")}
+    for key, value in got.items():
+        assert value.item() == pytest.approx(expected[key].item(), rel=2e-6, abs=1e-7), key

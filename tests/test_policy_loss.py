@@ -546,3 +546,72 @@ def test_no_host_synchronisation():
             assert len(out.metrics) == 11
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- entropy="active" and "none"
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("entropy", ["active", "none"])
+def test_rows_without_credit_are_not_read(entropy, layout, inplace, backend, device):
+    """Loss and gradient are those of "all", whatever such rows hold; what was not computed is 0."""
+    batch = make_batch(9001, layout, device=device)
+    advantages, keywords = optional_arguments(batch, rollout=True)
+    batch.rollout_weights.view(-1)[2] = 0
+    expected = run(batch, advantages, DAPO, backend=backend, **keywords)
+    idle = (batch.advantages * batch.rollout_weights == 0) | ~batch.mask
+    assert idle.any() and not idle.all()
+    dirty = replace(batch, logits=torch.where(idle[..., None], torch.nan, batch.logits))
+    got = run(dirty, advantages, DAPO, backend=backend, entropy=entropy, inplace=inplace, **keywords)
+    assert_bitwise(got.loss, expected.loss, "loss")
+    assert_bitwise(got.dlogits, expected.dlogits, "gradient")
+    assert_bitwise(got.logprobs, torch.where(idle, 0, expected.logprobs), "logprobs")
+    kept = torch.where(idle, 0, expected.entropy) if entropy == "active" else torch.zeros_like(expected.entropy)
+    assert_bitwise(got.entropy, kept, "entropy")
+
+
+@pytest.mark.parametrize("name", ["k3", "entropy", "everything"])
+def test_every_row_is_active_under_other_terms(name, backend, device):
+    batch = make_batch(57, device=device, temperature=CONFIGS[name].temperature)
+    advantages, keywords = optional_arguments(batch, ref=CONFIGS[name].kl_coef != 0)
+    expected = run(batch, advantages, CONFIGS[name], backend=backend, **keywords)
+    assert_same(run(batch, advantages, CONFIGS[name], backend=backend, entropy="active", **keywords), expected)
+
+
+@pytest.mark.parametrize("case", ["advantage 0", "masked", "clipped"])
+def test_rows_may_be_left_unwritten(case, device):
+    """write_zeros=False: only the rows that carry credit are written, clipped ones among them."""
+    batch = make_batch(9001, device=device, lengths=(3,))
+    advantages = torch.tensor([1.0, 0.0 if case == "advantage 0" else 1.0, -1.0], device=device)
+    weights = torch.tensor([0.5, 0.0 if case == "masked" else 0.5, 0.5], device=device)
+    old = batch.old_logprobs - 5 if case == "clipped" else batch.old_logprobs
+    written, left = (fused_rows(batch, weights, advantages, old, write_zeros) for write_zeros in (True, False))
+    assert (written[1] == 0).all() and (left[1] == (0 if case == "clipped" else 7)).all()
+    assert_bitwise(left[[0, 2]], written[[0, 2]], "gradient")
+
+
+def fused_rows(batch, weights, advantages, old, write_zeros):
+    from qae_kernels.fused.policy_loss import policy_loss_rows
+
+    dlogits = torch.full_like(batch.logits, 7)
+    policy_loss_rows(batch.logits, dlogits, batch.tokens, weights, advantages, old, None, None, DAPO,
+                     write_zeros=write_zeros)  # fmt: skip
+    return dlogits
+
+
+@pytest.mark.parametrize("logits", [-torch.inf, torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_bad_logit_anywhere(dtype, logits, backend, device):
+    """In the first, a middle and the last block: -inf costs a token its probability, the others the row its softmax."""
+    batch = make_batch(9001, dtype=dtype, device=device, lengths=(3,))
+    batch = replace(batch, mask=torch.ones_like(batch.mask))
+    batch.tokens[:] = 77
+    for row, column in enumerate((3, 5000, 9000)):
+        batch.logits[row, column] = logits
+    keywords = {"backend": backend, "config": replace(DAPO, aggregation="token-sum")}
+    got = run(batch, batch.advantages, **keywords)
+    if logits == -torch.inf:
+        assert_right(got, batch, batch.advantages, keywords["config"])
+    else:
+        assert got.logprobs.isnan().all() and got.entropy.isnan().all()

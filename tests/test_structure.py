@@ -100,7 +100,7 @@ SIGNATURES = {
     "group_advantages": "rewards groups baseline k outcomes interpolation scale eps correction backend",
     "quantile_advantages": "rewards groups k outcomes interpolation scale eps correction backend",
     "policy_loss": "logits tokens advantages old_logprobs mask cu_seqlens ref_logprobs rollout_weights normalizer "
-    "config inplace backend",
+    "config entropy inplace backend",
     "qae_dapo_loss": "logits tokens rewards groups cu_seqlens mask old_logprobs k eps_low eps_high backend",
     "token_logprobs": "logits tokens temperature backend",
     "PolicyLossConfig": "objective ratio aggregation eps_low eps_high dual_clip kl_coef kl_estimator entropy_coef "

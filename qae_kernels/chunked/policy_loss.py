@@ -6,12 +6,25 @@ a chunk: there is no second copy of the mathematics here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from ..config import PolicyLossConfig
 from ..reference.objectives import token_losses
 from .token_stats import chunks, put_rows, row_statistics, write_row_gradient
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd records within. In an operator of `torch.library` the dispatcher skips it, whatever the grad mode."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def new_gradient(logits: Tensor) -> Tensor:
@@ -47,19 +60,15 @@ def policy_loss_rows(
     def one_chunk(rows: Tensor, write: bool) -> None:
         stats = row_statistics(logits, rows, tokens[rows], config.temperature, with_entropy=entropy != "none")
         logprobs[rows], entropies[rows] = stats.logprobs, stats.entropy
-
-        def loss_of(logprobs, entropy):
+        with recording():
+            lp, ent = stats.logprobs.detach().requires_grad_(write), stats.entropy.detach().requires_grad_(write)
             optional = (None if x is None else x[rows] for x in (old, ref, rollout))
-            loss = weights[rows] * token_losses(logprobs, entropy, advantages[rows], *optional, config)
-            return loss.sum(), loss
-
-        if write:  # torch.func: within an operator of torch.library, torch.autograd records nothing
-            derivative = torch.func.grad(loss_of, argnums=(0, 1), has_aux=True)
-            (dlogp, dentropy), losses[rows] = derivative(stats.logprobs, stats.entropy)
-            dentropy = None if config.entropy_coef == 0 else dentropy
+            loss = weights[rows] * token_losses(lp, ent, advantages[rows], *optional, config)
+            if write:
+                dlogp, dentropy = torch.autograd.grad(loss.sum(), (lp, ent), allow_unused=True)
+        losses[rows] = loss.detach()
+        if write:
             write_row_gradient(dlogits, rows, tokens[rows], stats, dlogp, dentropy, config.temperature)
-        else:
-            losses[rows] = loss_of(stats.logprobs, stats.entropy)[1]
 
     unmasked = weights != 0
     credit = advantages if rollout is None else advantages * rollout

@@ -98,14 +98,14 @@ def write_row_gradient(
 def token_logprobs_rows(
     logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, -, -), shape of tokens; the last two are for the other path's backward, not set here."""
+    """(logprobs, entropy), shape of tokens, and two empty tensors where the other path keeps numbers per row."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logprobs = torch.zeros(tokens.shape, dtype=dtype, device=logits.device)
     entropy = torch.zeros_like(logprobs)
     for rows in chunks(mask.reshape(-1).nonzero()[:, 0], logits.shape[-1], dtype):
         stats = row_statistics(logits, rows, tokens.reshape(-1)[rows], temperature)
         logprobs.view(-1)[rows], entropy.view(-1)[rows] = stats.logprobs, stats.entropy
-    return logprobs, entropy, torch.empty_like(logprobs), torch.empty_like(logprobs)
+    return logprobs, entropy, logprobs.new_empty(0), logprobs.new_empty(0)
 
 
 def token_logprobs_gradient(

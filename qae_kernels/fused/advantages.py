@@ -182,6 +182,12 @@ def group_advantages_kernel(
                 advantage = tl.where((advantage == 0) | (spread == 0), 0.0, tl.div_rn(advantage, spread + eps))
             tl.store(advantages_ptr + at, advantage, mask=inside)
             tl.store(active_ptr + at, advantage != 0, mask=inside)
+    else:  # as many programs as there are places left in the results per group: zeros there, for the same bits always
+        place = tl.num_programs(0) - (program - group)
+        tl.store(group_ids_ptr + place, 0)
+        tl.store(baseline_ptr + place, 0.0)
+        tl.store(success_rate_ptr + place, 0.0)
+        tl.store(std_ptr + place, 0.0)
 
 
 BASELINES = {"mean": mean, "leave_one_out": leave_one_out, "none": none}
