@@ -1,5 +1,7 @@
 # make demo    warm start, two RL runs, a table and a figure      make test    everything, as CI does
 # make check   the quick subset of the tests                       make lint    style          make clean
+# make test-oldest-triton    the kernels' tests with Triton 3.6
+# make gpu     on a machine with a GPU, with its own Python and no network: tests, validation, benchmarks, results in OUT
 PYTHON ?= python3
 VENV ?= .venv
 # Installed first, so that nothing else chooses a torch. For another CUDA: make TORCH="torch==... --index-url ..."
@@ -7,10 +9,13 @@ TORCH ?= torch==2.13.0
 # Only where torch brought none: its CUDA builds bring the Triton they were built for.
 TRITON ?= triton==3.9.0
 WORKERS ?= 2
+OUT ?= bench/results
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+OLDEST_TRITON := $(VENV)/oldest-triton
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,advantages metrics objectives policy_loss qae_dapo_loss token_stats))
 
-.PHONY: demo test check lint clean install
+.PHONY: demo test test-oldest-triton check lint clean install gpu
 
 install: $(INSTALLED)
 
@@ -18,7 +23,7 @@ $(INSTALLED): setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,peers,dev]"
 	touch $@
 
 demo: $(INSTALLED)
@@ -27,8 +32,21 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
+# The kernels on the oldest Triton that setup.py allows; it lies beside the environment and shadows its Triton.
+$(OLDEST_TRITON): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.6.0 numpy==2.3.5
+	touch $@
+
+test-oldest-triton: $(OLDEST_TRITON)
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" \
+		-W ignore::DeprecationWarning $(KERNEL_TESTS)
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/test_codegen.py
+
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+
+gpu:
+	$(PYTHON) -m bench.gpu $(STEPS) --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ setup(
         "torch>=2.8",
         "numpy",
         # A CUDA build of torch brings the Triton it was built for; a CPU build brings none.
-        "triton>=3.4; platform_system == 'Linux'",
+        "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
         "train": ["transformers>=5.0", "reasoning-gym>=0.1.25", "tyro", "rich", "matplotlib"],
@@ -25,7 +25,10 @@ setup(
         "flash-attn": ["flash-attn"],
         "trl": ["trl>=1.16"],
         "verl": ["verl>=0.9.1"],
-        "bench": ["pytest", "pytest-benchmark"],
+        "bench": ["pytest", "pytest-benchmark", "matplotlib"],
+        # What the benchmarks compare with, where it is installed. flash-attn and verl too, if they are there: see
+        # bench/peers.py.
+        "peers": ["liger-kernel>=0.8.5", "trl>=1.16"],
         "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "pytest-cov", "hypothesis", "ruff", "pre-commit"],
     },
     classifiers=[

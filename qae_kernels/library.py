@@ -183,7 +183,8 @@ def _group_advantages(
     k_per_group: Tensor | None, baseline: str, interpolation: str, scale: str, eps: float, correction: int,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The fields of `Advantages`; those per group have length B where the groups are given by ids."""
+    """The fields of `Advantages`. With groups given by ids those per group have length B, zeros beyond the number of
+    groups, which is the last result; else the last one is empty."""
     if triton:
         from .fused.advantages import group_advantages as compute
     else:
@@ -194,11 +195,13 @@ def _group_advantages(
         interpolation=interpolation, scale=scale, eps=eps, correction=correction,
     )  # fmt: skip
     per_group = (result._group_ids, result._baseline, result._success_rate, result._std)
-    if group_ids is not None:
+    if group_ids is None:
+        num_groups = rewards.new_empty(0, dtype=torch.long)
+    else:
         per_group = (pad(x, (0, rewards.numel() - x.numel())) for x in per_group)
-    num_groups = result._num_groups
-    if not isinstance(num_groups, Tensor):
-        num_groups = torch.full((), num_groups, device=rewards.device)
+        num_groups = result._num_groups
+        if not isinstance(num_groups, Tensor):
+            num_groups = torch.full((), num_groups, device=rewards.device)
     return result.advantages, result.active, *per_group, num_groups
 
 
@@ -208,7 +211,7 @@ def _(rewards, outcomes, group_size, group_ids, *_):
     per_group = [rewards.new_empty(num_groups) for _ in range(3)]
     integers = {"dtype": torch.long, "device": rewards.device}
     return (torch.empty_like(rewards), torch.empty_like(rewards, dtype=torch.bool), torch.empty(num_groups, **integers),
-            *per_group, torch.empty((), **integers))  # fmt: skip
+            *per_group, torch.empty(0 if group_ids is None else (), **integers))  # fmt: skip
 
 
 def group_advantages(

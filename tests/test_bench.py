@@ -1,61 +1,391 @@
-"""The benchmark harness: it checks before it times, times every contestant, and names what it ran on."""
+"""The benchmarks: they check before they time, peers compute the same update, no contestant stops the others, the
+README's tables are those of the committed results, and `make gpu` keeps what it measured whatever fails."""
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import zipfile
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import bench_advantages, bench_policy_loss
-from bench.harness import WARM_UPS, Comparison, about, compare
+from bench import bench_advantages, bench_policy_loss, bench_token_logprobs, gpu, harness, peers, report, truth, tune
+from bench.harness import WARM_UPS, Comparison, Contestant, about, compare
+from bench.peers import LOGITS_PEERS, Problem
+from qae_kernels.fused import policy_loss, token_stats
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+OPTIONS = argparse.Namespace(n=8, vocab=101, zero_credit=[0.0, 0.5], dtype="float32", sweep=False)
 
 
-def test_every_contestant_is_timed_in_turn():
-    calls = []
-    runs = {name: (lambda name=name: calls.append(name)) for name in ("a", "b")}
-    rows = compare(Comparison("c", runs, lambda results: None), CPU, repeats=3)
-    assert calls == ["a", "b"] * (1 + WARM_UPS + 3)
-    assert [r["contestant"] for r in rows] == ["a", "b"]
-    assert all(0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"] for r in rows)
+def problem(device="cpu", dtype=torch.float32, zero_credit=0.5) -> Problem:
+    """Many of its ratios are clipped, on both sides."""
+    return Problem.random(64, 301, zero_credit, dtype, device, log_ratio_std=0.3)
 
 
-def test_a_wrong_contestant_is_not_timed():
-    runs = bench_advantages.contestants(4, 8, CPU)
-    wrong = {"qae_kernels": lambda: runs["qae_kernels"]() + 0.01, "loop over groups": runs["loop over groups"]}
-    with pytest.raises(AssertionError, match="not close"):
-        compare(Comparison("wrong", wrong, bench_advantages.check), CPU, repeats=3)
+def compared(runs, check=lambda name, result: {}, **keywords):
+    contestants = {name: Contestant(run, **keywords) for name, run in runs.items()}
+    return {row["contestant"]: row for row in compare(Comparison("c", contestants, check), CPU, repeats=3)}
 
 
-@pytest.mark.parametrize("zero_credit", [0.0, 0.8])
-def test_contestants_agree(zero_credit):
-    for runs, check in (
-        (bench_advantages.contestants(16, 16, CPU), bench_advantages.check),
-        (bench_policy_loss.contestants(32, 1001, zero_credit, torch.float32, CPU), bench_policy_loss.check),
-        (bench_policy_loss.contestants(32, 1001, zero_credit, torch.bfloat16, CPU), bench_policy_loss.check),
-    ):
-        check({name: run() for name, run in runs.items()})
+class TestHarness:
+    def test_contestants_are_timed_in_turn_and_prepared_every_time(self):
+        calls = []
+        contestants = {
+            name: Contestant(calls.append, prepare=lambda name=name: calls.append(f"prepare {name}") or name)
+            for name in ("a", "b")
+        }
+        rows = compare(Comparison("c", contestants, lambda name, result: {}), CPU, repeats=3)
+        turns = ["prepare a", "a", "prepare b", "b"]
+        assert calls == turns * (1 + WARM_UPS + 3)
+        assert all(0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"] for r in rows)
+
+    def test_what_fails_is_named_and_does_not_stop_the_others(self):
+        calls = {"late": 0}
+
+        def fails(_):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto allocate")
+
+        def fails_late(_):
+            calls["late"] += 1
+            assert calls["late"] < 4, "now"
+
+        def check(name, result):
+            assert name != "wrong", "gradient is off"
+            return {"loss": 1e-9}
+
+        rows = compared({"good": abs, "memory": fails, "late": fails_late, "wrong": abs}, check, prepare=lambda: -1)
+        assert rows["good"]["median_ms"] > 0 and rows["good"]["errors"] == {"loss": 1e-9}
+        assert rows["memory"]["failed"] == "OutOfMemoryError: CUDA out of memory. Tried"
+        assert rows["wrong"]["failed"] == "AssertionError: gradient is off"
+        assert rows["late"]["failed"].startswith("AssertionError: now")
+        assert not any("median_ms" in rows[name] for name in ("memory", "wrong", "late"))
+
+    def test_a_peer_is_compared_with_the_one_of_ours_that_delivers_the_same(self):
+        rows = [
+            {"contestant": f"{harness.OURS}, a", "delivers": "a", "median_ms": 1.0},
+            {"contestant": f"{harness.OURS}, b", "delivers": "b", "median_ms": 4.0},
+            {"contestant": "peer", "delivers": "b", "median_ms": 8.0},
+            {"contestant": "other", "delivers": "c", "median_ms": 3.0},
+            {"contestant": "broken", "delivers": "b", "failed": "x"},
+        ]
+        harness.add_ratios(rows)
+        assert [row.get("times_ours") for row in rows] == [None, None, 2, 3, None]
+        assert rows[2]["ours"] == f"{harness.OURS}, b"
+
+    def test_names_what_it_ran_on(self, monkeypatch):
+        facts = about(CPU)
+        assert facts["torch"] == torch.__version__ and facts["paths"] == "PyTorch paths" and facts["date"]
+        assert isinstance(facts["dirty"], bool)
+        monkeypatch.setenv("QAE_COMMIT", "abc123-dirty")
+        assert {"commit": "abc123", "dirty": True}.items() <= about(CPU).items()
+
+    def test_bytes_at_the_floor(self):
+        given = problem(dtype=torch.bfloat16, zero_credit=0.5)
+        assert given.logits.nbytes == 64 * 301 * 2
+        assert bench_policy_loss.floor_bytes(given, "all") == 4 * 64 * 301
+        assert bench_policy_loss.floor_bytes(given, "active") == bench_policy_loss.floor_bytes(given, "none")
+        assert bench_policy_loss.floor_bytes(given, "none") == 3 * 64 * 301
 
 
-def test_every_stage_has_comparisons():
-    options = argparse.Namespace(n=8, vocab=101, zero_credit=[0.0, 0.8], dtype="float32")
-    for stage in cli.STAGES.values():
-        for comparison in stage.comparisons(options, CPU):
-            assert "qae_kernels" in comparison.contestants and len(comparison.contestants) > 1
+class TestProblem:
+    def test_whole_responses_are_without_credit(self):
+        given = Problem.random(128, 11, 0.8)
+        assert given.logits.shape == (64, 2, 11) and given.zero_credit == 51 / 64
+        assert Problem.random(9, 11).logits.shape == (1, 9, 11)
+
+    def test_no_ratio_is_at_a_clip_bound(self):
+        given = Problem.random(4096, 5)
+        logprobs = given.logits.detach().log_softmax(-1).gather(-1, given.tokens[..., None])[..., 0]
+        log_ratio = (logprobs - given.old_logprobs).detach()
+        bounds = torch.tensor([0.8, 1.28]).log()
+        assert (log_ratio[..., None] - bounds).abs().min() > peers.CLIP_MARGIN / 2
+        assert (log_ratio < bounds[0]).any() and (log_ratio > bounds[1]).any()
 
 
-def test_command_line_writes_what_it_measured(monkeypatch, tmp_path, capsys):
-    path = tmp_path / "result.json"
-    arguments = ["policy_loss", "--device", "cpu", "--n", "8", "--vocab", "101", "--repeats", "3", "--json", str(path)]
-    monkeypatch.setattr("sys.argv", ["bench", *arguments])
-    cli.main()
-    result = json.loads(path.read_text())
-    assert result["about"]["torch"] == torch.__version__ == about(CPU)["torch"]
-    assert len(result["rows"]) == 4
-    assert "CPU: the PyTorch paths are timed" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", ["bench", "nothing"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "no such benchmark: nothing" in capsys.readouterr().err
+class TestTruth:
+    @pytest.fixture
+    def update(self):
+        given = problem()
+        return given, bench_policy_loss.ours(given, in_place=False, entropy="all")
+
+    @pytest.mark.parametrize("chunk_bytes", [1, 8 * 301 * 5, 2**24])
+    def test_right_answers_pass_in_any_chunks(self, update, monkeypatch, chunk_bytes):
+        monkeypatch.setitem(truth.CHUNK_BYTES, "cpu", chunk_bytes)
+        errors = truth.assert_within(truth.update_errors(*update), torch.float32)
+        assert set(errors) == {"loss", "gradient", "entropy"} and max(errors.values()) < 5e-6
+
+    @pytest.mark.parametrize("which", ["loss", "entropy", "gradient"])
+    @pytest.mark.parametrize("wrong", [1.001, torch.nan])
+    def test_a_wrong_answer_is_found_in_the_last_row(self, update, monkeypatch, which, wrong):
+        monkeypatch.setitem(truth.CHUNK_BYTES, "cpu", 8 * 301)
+        given, (loss, entropy, gradient) = update
+        gradient, entropy = gradient.clone(), entropy.clone()
+        if which == "loss":
+            loss = loss + 0.01 * wrong
+        elif which == "entropy":
+            entropy[-1, -1] *= wrong
+        else:
+            gradient[-1, -1, 7] += 0.001 * wrong * gradient.abs().max()
+        with pytest.raises(AssertionError, match=f"{which} is off by"):
+            truth.assert_within(truth.update_errors(given, (loss, entropy, gradient)), torch.float32)
+
+    def test_entropy_is_checked_only_where_it_is_claimed(self, update):
+        given, (loss, entropy, gradient) = update
+        active = (given.advantages != 0)[:, None].expand_as(given.tokens)
+        partly = loss, torch.where(active, entropy, 0), gradient
+        assert truth.update_errors(given, partly, active)["entropy"] < 1e-5
+        assert truth.update_errors(given, partly)["entropy"] == 1
+        assert "entropy" not in truth.update_errors(given, (loss, None, gradient))
+
+    def test_wrong_logprobs_and_their_gradient_are_found(self):
+        given, upstream = problem(), torch.randn(64, 1)
+        result = bench_token_logprobs.forward_backward(given, bench_token_logprobs.eager, upstream)
+        assert max(truth.logprobs_errors(given, *result, upstream).values()) < 1e-5
+        for i, name in enumerate(("logprobs", "entropy", "gradient")):
+            wrong = [x.clone() for x in result]
+            wrong[i].view(-1)[-1] += wrong[i].abs().max()
+            assert truth.logprobs_errors(given, *wrong, upstream)[name] > 0.5
+
+
+class TestPeers:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=pytest.mark.slow) if n == "torch.compile" else n for n in LOGITS_PEERS]
+    )
+    def test_they_compute_our_update_and_leave_the_problem_alone(self, monkeypatch, device, name, dtype):
+        if name == "flash-attn" and device == "cpu":  # its kernels run in the interpreter, its launcher asks for CUDA
+            monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+            reason = peers.why_not(peers.load_flash_attn, None, CPU)
+            if dtype == torch.bfloat16:
+                reason = reason or "Triton's interpreter multiplies the bits of a scalar bfloat16, not its value"
+        else:
+            reason = peers.missing(device).get(name)
+        if reason:
+            pytest.skip(reason)
+        given = problem(device, dtype)
+        before = given.logits.detach().clone()
+        update = LOGITS_PEERS[name](given)
+        assert (update[1] is not None) == LOGITS_PEERS[name].has_entropy
+        truth.assert_within(truth.update_errors(given, update), dtype)
+        assert torch.equal(given.logits, before) and given.logits.grad is None
+
+    def test_advantages(self):
+        rewards = bench_advantages.random_rewards(16, 8, "cpu")
+        rows = compare(bench_advantages.comparison(16, 8, CPU), CPU, repeats=2)
+        assert len(rows) == 5 and not any("failed" in row for row in rows)
+        assert max(row["errors"]["advantages"] for row in rows if "errors" in row) < 1e-6
+        with pytest.raises(AssertionError, match="advantages is off"):
+            wrong = peers.vectorised_advantages(rewards, 8)
+            bench_advantages.errors(rewards, 8, {"x": "quantile"}, "x", wrong)
+
+    def test_the_missing_are_named_with_the_reason(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        assert "needs a GPU" in peers.missing("cpu")["Liger"] and "CUDA" in peers.missing("cpu")["flash-attn"]
+        monkeypatch.setitem(sys.modules, "trl.kernels", None)
+        assert "trl" in peers.missing("cuda")["TRL"]
+        assert "eager PyTorch" not in peers.missing("cpu")
+
+    @pytest.mark.parametrize("name", bench_policy_loss.OUR_VARIANTS)
+    @pytest.mark.parametrize("backend", ["triton", "torch"])
+    def test_ours_agree(self, device, name, backend):
+        given = problem(device)
+        in_place, entropy = bench_policy_loss.OUR_VARIANTS[name]
+        run = partial(bench_policy_loss.ours, in_place=in_place, entropy=entropy, backend=backend)
+        before = given.logits.detach().clone()
+        errors = bench_policy_loss.check(given)(name, run(given.copy() if in_place else given))
+        assert torch.equal(given.logits, before) and ("entropy" in errors) == (entropy != "none")
+
+
+class TestStages:
+    @pytest.mark.parametrize("stage", cli.STAGES.values(), ids=cli.STAGES)
+    def test_every_contestant_is_right(self, monkeypatch, stage):
+        monkeypatch.setitem(LOGITS_PEERS, "torch.compile", LOGITS_PEERS["eager PyTorch"])  # compiling takes long
+        for comparison in stage.comparisons(OPTIONS, CPU):
+            rows = compare(comparison, CPU, repeats=2)
+            measured = [row for row in rows if "missing" not in row]
+            assert measured[0]["contestant"].startswith(harness.OURS) and len(measured) > 1
+            assert all(row["median_ms"] > 0 for row in measured), rows
+            assert any("times_ours" in row for row in measured)
+
+    def test_sweep_varies_one_thing_at_a_time(self, monkeypatch):
+        monkeypatch.setattr(bench_policy_loss, "SWEEP", {"n": (4,), "vocab": (5, 6), "zero_credit": (0.5,)})
+        options = argparse.Namespace(**{**vars(OPTIONS), "sweep": True})
+        facts = [c.facts for c in bench_policy_loss.comparisons(options, CPU)]
+        shapes = [(x["n"], x["vocab"], x["zero_credit"]) for x in facts]
+        assert shapes == [(4, 101, 0), (8, 101, 0), (8, 5, 0), (8, 6, 0), (8, 101, 0.5)]
+
+    def test_command_line_writes_what_it_measured(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(harness, "COPY_BYTES", {"cpu": 2**16, "cuda": 2**16})
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        path = tmp_path / "result.json"
+        arguments = "policy_loss --device cpu --n 8 --vocab 101 --repeats 3 --without torch.compile --json"
+        cli.main([*arguments.split(), str(path)])
+        result = json.loads(path.read_text())
+        assert result["about"]["torch"] == torch.__version__ and result["about"]["copy_gb_per_s"] > 0
+        measured = [row for row in result["rows"] if "median_ms" in row]
+        assert len(measured) == 2 * 5 and {row["zero_credit"] for row in measured} == {0, 0.75}
+        printed = capsys.readouterr().out
+        assert "CPU: the PyTorch paths are timed" in printed and "missing: a Triton kernel" in printed
+
+    def test_command_line_refuses(self, capsys):
+        for arguments, said in ((["nothing"], "no such benchmark: nothing"), (["--repeats", "1"], "at least 2")):
+            with pytest.raises(SystemExit):
+                cli.main(arguments)
+            assert said in capsys.readouterr().err
+
+
+def fake_results(folder: Path) -> list[dict]:
+    """As `make gpu` would leave them: dense and zero credit, a sweep, one peer that failed, one missing."""
+    facts = {**about(CPU), "device": "NVIDIA X", "paths": report.ON_GPU, "copy_gb_per_s": 2000.0}
+
+    def row(name, delivers, n, share, median_ms, **more):
+        return {"benchmark": f"policy_loss, N = {n}", "n": n, "vocab": 1000, "dtype": "bfloat16", "zero_credit": share,
+                "contestant": name, "delivers": delivers, "floor_bytes": 4 * n * 1000, "extra_memory_bytes": 2**29,
+                "median_ms": median_ms, "p20_ms": median_ms * 0.9, "p80_ms": median_ms * 1.1, **more}  # fmt: skip
+
+    rows = [
+        row("qae_kernels", "all", 1000, share, 0.004 * (1 - share / 2)) for share in (0.0, 0.8)
+    ] + [row("eager PyTorch", "all", 1000, share, 0.04, times_ours=10.0) for share in (0.0, 0.8)]  # fmt: skip
+    broken = {k: v for k, v in rows[0].items() if not k.endswith("_ms")} | {"contestant": "TRL", "failed": "Error: x"}
+    absent = {k: rows[0][k] for k in ("benchmark", "n", "vocab", "dtype", "zero_credit")} | {"contestant": "Liger"}
+    sweep = [row("qae_kernels", "all", n, 0.0, n / 1000) for n in (1000, 2000)]
+    files = {"policy_loss": [*rows, broken, absent | {"missing": "not here"}], "sweep": sweep}
+    for name, found in files.items():
+        (folder / f"{name}.json").write_text(json.dumps({"about": facts, "rows": found}))
+    (folder / "validate.json").write_text("[]")
+    return report.load(folder)
+
+
+class TestReport:
+    def test_the_readme_is_that_of_the_committed_results(self):
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert readme == report.with_block(readme, report.block(report.load(report.RESULTS)))
+        for path in report.plots(report.load(report.RESULTS)):
+            assert path.exists()
+
+    def test_without_a_gpu_it_says_so(self):
+        assert report.block([]) == "GPU: not measured."
+        results = [{"about": {**about(CPU), "copy_gb_per_s": 1.0}, "rows": [], "file": "cpu"}]
+        assert report.block(results).startswith("GPU: not measured.\n\nOn a CPU, the PyTorch paths")
+        assert report.plots(results) == {}
+
+    def test_tables(self, tmp_path):
+        text = report.block(fake_results(tmp_path))
+        assert "Not measured: Liger (not here)." in text and "Failed: TRL (Error: x)." in text
+        assert "GPU: not measured" not in text
+        ours, eager, failed = (next(x for x in text.splitlines() if x.startswith(f"| {name} "))
+                               for name in ("qae_kernels", "eager PyTorch", "TRL"))  # fmt: skip
+        # 4 MB in 4 us are 1000 GB/s: half a copy's 2000
+        dense, idle = "0.004 (0.0036 to 0.0044) | 50% |  | 0.50", "0.0024 (0.00216 to 0.00264) | 83% |  | 0.50"
+        assert ours == f"| qae_kernels | all | {dense} | {idle} |"
+        assert "| 10.00x |" in eager
+        assert failed.startswith("| TRL | all | failed |") and "not measured" in failed
+        assert "N = 2,000" not in text  # the sweep is in the plots
+
+    def test_plots_are_drawn_from_what_is_there_and_do_not_change(self, tmp_path):
+        drawn = report.plots(fake_results(tmp_path))
+        assert [path.name for path in drawn] == ["bench_nvidia_x.png", "bench_nvidia_x_scaling.png"]
+        for path, draw in drawn.items():
+            assert f"](docs/{path.name})" in report.block(report.load(tmp_path))
+            draw(tmp_path / "a.png")
+            draw(tmp_path / "b.png")
+            assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+    def test_only_what_varies_alone_is_a_line(self):
+        rows = [{"n": n, "vocab": v, "zero_credit": 0} for n, v in ((1, 5), (2, 5), (3, 5), (2, 7))]
+        assert [row["n"] for row in report.varying(rows, "n")] == [1, 2, 3]
+        assert [row["vocab"] for row in report.varying(rows, "vocab")] == [5, 7]
+        assert report.varying(rows, "zero_credit") == []
+
+    def test_markers(self):
+        text = f"a\n{report.BEGIN}\nold\n{report.END}\nb"
+        assert report.with_block(text, "new") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb"
+        with pytest.raises(ValueError, match="once each"):
+            report.with_block("no markers", "new")
+
+
+def wheel(folder: Path, name: str) -> None:
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}.py", "")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+
+
+class TestGPU:
+    @pytest.fixture
+    def here(self, monkeypatch):
+        """Pretends that there is a GPU; steps are the given lines of Python."""
+        monkeypatch.setattr(gpu, "FIND_DEVICE", 'print(\'{"device": "NVIDIA X 80GB"}\')')
+
+        def choose(**code):
+            chosen = {name: gpu.Step(["-c", line], 20, name == "bench") for name, line in code.items()}
+            monkeypatch.setattr(gpu, "steps", lambda out, scratch: chosen)
+            return chosen
+
+        return choose
+
+    def test_without_a_gpu_one_clear_line(self):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 1 and not done.stdout
+        assert done.stderr.startswith("make gpu: no GPU for ") and done.stderr.count("\n") == 1
+
+    def test_every_step_is_attempted_and_kept(self, here, tmp_path):
+        forever = "import subprocess, sys, time\nprint('begun', flush=True)\n" \
+                  "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"  # fmt: skip
+        chosen = here(good="print('fine')", bad="import sys; sys.exit('broken')", slow=forever, last="print('end')")
+        chosen["slow"] = replace(chosen["slow"], limit_s=1)
+        assert gpu.main(["--out", str(tmp_path)]) == 1
+        written = json.loads((tmp_path / "nvidia-x-80gb" / "gpu.json").read_text())
+        outcomes = {name: step["outcome"] for name, step in written["steps"].items()}
+        assert outcomes == {"good": "passed", "bad": "failed with exit status 1", "slow": "stopped after 1 s",
+                            "last": "passed"}  # fmt: skip
+        assert written["steps"]["bad"]["tail"] == ["broken"] and written["steps"]["slow"]["tail"] == ["begun"]
+        assert written["steps"]["slow"]["seconds"] < 4  # longer if what the step had started lives on
+        assert gpu.main(["good", "last", "--out", str(tmp_path)]) == 0
+        assert gpu.main(["good", "--out", str(tmp_path), "--seconds", "0"]) == 1
+
+    def test_wheels_are_seen_and_flash_attn_by_the_benchmarks_only(self, here, tmp_path):
+        wheel(tmp_path, "some_peer")
+        wheel(tmp_path, "flash_attn")
+        unseen = "import sys, some_peer; assert not any(path.endswith('flash_attn') for path in sys.path)"
+        here(tests=unseen, bench="import some_peer, flash_attn")
+        assert gpu.main(["--wheels", str(tmp_path), "--out", str(tmp_path)]) == 0
+
+    def test_its_steps_exist(self, tmp_path, capsys):
+        for step in gpu.steps(tmp_path, tmp_path).values():
+            dash_m, module, *_ = step.arguments
+            is_package = module in ("bench", "pytest")
+            assert dash_m == "-m" and (is_package or (ROOT / f"{module.replace('.', '/')}.py").exists())
+        with pytest.raises(SystemExit):
+            gpu.main(["nothing"])
+        assert "no such step: nothing" in capsys.readouterr().err
+
+    def test_tuning_reaches_the_kernels(self, device):
+        given, seen = problem(device), []
+
+        def run(given):
+            seen.append([module.launch_config(301, torch.float32) for module in (policy_loss, token_stats)])
+            return bench_policy_loss.ours(given, in_place=False, entropy="all", backend="triton")
+
+        contestants = {"ours": Contestant(run, lambda: given)}
+        base = Comparison("c", contestants, lambda _, result: bench_policy_loss.check(given)(harness.OURS, result))
+        tuned = tune.comparison(base, [(256, 32), (96, 32)], "ours")  # a tile of 96 is not a power of two
+        rows = compare(tuned, torch.device(device), repeats=2)
+        assert ["failed" in row for row in rows] == [False, False, True]
+        assert [(256, 32)] * 2 in seen and seen[0] == [token_stats.launch_config(301, torch.float32)] * 2
