@@ -18,7 +18,10 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """Hyper-parameters of `policy_loss`. All numbers are run-time values: changing them compiles nothing.
+    """Hyper-parameters of `policy_loss`. All numbers are run-time values: changing them compiles no kernel.
+
+    `torch.compile` makes them constants of its graph, and a graph for each value: keep what changes from step to step
+    (an annealed temperature, a schedule of k) outside of the compiled function, or give k as a tensor.
 
     objective: per-token surrogate. "clip": PPO's `-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)`
         (Schulman et al. 2017, arXiv 1707.06347, eq. 7; asymmetric bounds: DAPO, arXiv 2503.14476, eq. 10).
@@ -77,7 +80,7 @@ class PolicyLossConfig:
 
 def _number(name: str, value: object, expected: str, accepts) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and accepts(value)):
+    if not (is_number and -math.inf < value < math.inf and accepts(value)):  # torch.compile traces no isfinite
         raise ValueError(f"{name} must be {expected}; got {value!r}")
 
 

@@ -41,6 +41,8 @@ def _per_row(tokens: Tensor, logits: Tensor) -> Tensor:
 
 # ---- policy_loss
 
+SECOND_BACKWARD = "a second backward through one policy_loss: its gradient was handed out by the first; call it again"
+
 
 @torch.library.custom_op("qae_kernels::policy_loss", mutates_args=())
 def policy_loss(
@@ -53,7 +55,7 @@ def policy_loss(
 
     The backward hands that gradient out, multiplied in place: nobody else may look at it.
     """
-    config = PolicyLossConfig(
+    config = PolicyLossConfig(  # ratio and aggregation are in the weights and log-probabilities
         objective, kl_estimator=kl_estimator, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip, kl_coef=kl_coef,
         entropy_coef=entropy_coef, temperature=temperature,
     )  # fmt: skip
@@ -86,14 +88,13 @@ def _policy_loss_backward(ctx, dloss, *_):
         raise RuntimeError(SECOND_BACKWARD)
     ctx.done = True
     (dlogits,) = ctx.saved_tensors
-    if type(dlogits) is Tensor:
+    if type(dlogits) is Tensor and not torch.compiler.is_compiling():
         _policy_loss_path(ctx.triton).scale_gradient(dlogits, dloss)
     else:  # a tracer's tensor: writing over an output of the forward is not for a graph, which plans its memory itself
         dlogits = dlogits * dloss.to(dlogits.dtype)
-    return (dlogits,) + (None,) * 17
+    return dlogits, *(None for _ in ctx.needs_input_grad[1:])
 
 
-SECOND_BACKWARD = "a second backward through one policy_loss: its gradient was handed out by the first; call it again"
 policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_context)
 
 
@@ -117,7 +118,7 @@ class InplacePolicyLoss(torch.autograd.Function):
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is None:
             raise RuntimeError(SECOND_BACKWARD)
-        ctx.path.scale_gradient(dlogits, dloss)
+        torch.compiler.disable(ctx.path.scale_gradient)(dlogits, dloss)  # compiled autograd would trace the launcher
         return dlogits, None, None, None, None
 
 
@@ -198,7 +199,8 @@ def _group_advantages(
     if group_ids is None:
         num_groups = rewards.new_empty(0, dtype=torch.long)
     else:
-        per_group = (pad(x, (0, rewards.numel() - x.numel())) for x in per_group)
+        missing = rewards.numel() - len(result._baseline)
+        per_group = (pad(x, (0, missing)) if missing else x for x in per_group)
         num_groups = result._num_groups
         if not isinstance(num_groups, Tensor):
             num_groups = torch.full((), num_groups, device=rewards.device)

@@ -23,8 +23,9 @@ def loss_metrics(
     """Means over unmasked tokens, as 0-dim tensors; a mean over no token is 0.
 
     Tensors have the shape of `tokens`; mask is bool. Masked entries may hold anything.
-    whose_entropy: the `entropy` of `policy_loss`. Unless it is "all", tokens without credit have not been read, and
-        count in active_fraction only; for "none" there are no entropies.
+    whose_entropy: the `entropy` of `policy_loss`. Unless it is "all", tokens without credit have not been read: they
+        count in active_fraction only, so every mean is over fewer tokens, and there is no entropy_zero. For "none"
+        there are no entropies.
 
     entropy; entropy_positive, entropy_negative, entropy_zero: mean entropy, of all tokens and by sign of advantage
     clip_fraction_low, clip_fraction_high: share of tokens whose gradient the lower (A < 0) or upper (A > 0) bound stops
@@ -63,10 +64,9 @@ def loss_metrics(
         "kl": kl,
     }
     if whose_entropy != "none":
-        metrics |= {
-            "entropy": mean(entropy),
-            "entropy_positive": mean(entropy, mask & (advantages > 0)),
-            "entropy_negative": mean(entropy, mask & (advantages < 0)),
-            "entropy_zero": mean(entropy, mask & (advantages == 0)),
-        }
+        metrics["entropy"] = mean(entropy)
+        metrics["entropy_positive"] = mean(entropy, mask & (advantages > 0))
+        metrics["entropy_negative"] = mean(entropy, mask & (advantages < 0))
+        if whose_entropy == "all" or not config.skips_zero_credit:
+            metrics["entropy_zero"] = mean(entropy, mask & (advantages == 0))
     return metrics

@@ -139,13 +139,14 @@ def policy_loss(
         when this call is one micro-batch of several. Number or 0-dim tensor; 0 counts as 1.
     entropy: whose entropy is computed, for the log. "all": of every row. "active": of the rows that carry credit; the
         others are not read at all, their logprob and entropy come back 0, and the metrics leave them out (except
-        active_fraction). "none": as "active", and no entropy is computed; the metrics have none.
-        Loss and gradient are the same bits. With a KL or entropy term every row is active.
+        active_fraction: the other means are then over fewer tokens). "none": as "active", and no entropy is computed;
+        the metrics have none. Loss and gradient are the same bits. With a KL or entropy term every row is active.
     inplace: write the gradient over the logits, which then hold nothing else: saves [N, V] of memory, if the logits
         are a tensor of their own; the backward of a slice such as `logits[:, :-1]` allocates the whole again.
         A permission: under torch.compile, which plans memory itself, it is not used.
     backend: "auto", "triton" or "torch". validate: check values on a GPU too, at the price of waiting for it.
 
+    Rows that hold -inf logits (banned tokens) are read twice for their entropy, others once.
     A row of advantage 0 gets a gradient of exactly 0 and is not read again in the backward (unless a KL or entropy
     term is on); it still counts in the normaliser. Backward through the loss can run once per call. The gradient is
     stored in the dtype of the logits before the incoming scalar multiplies it: with float16 logits a loss scale comes
@@ -156,18 +157,18 @@ def policy_loss(
     if not isinstance(config, PolicyLossConfig):
         raise ValueError(f"config must be a PolicyLossConfig, such as PRESETS['dapo']; got {config!r}")
     mask = checks.logits_and_tokens(logits, tokens, mask, validate)
-    rows = tokens.shape
+    shape = tokens.shape
     checks.offsets(cu_seqlens, tokens.numel(), tokens.dim() == 1, logits.device, validate)
     values = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
               "rollout_weights": rollout_weights}  # fmt: skip
     checks.is_tensor("advantages", advantages)
     for name, value in values.items():
-        checks.row_values(name, value, rows, cu_seqlens)
+        checks.row_values(name, value, shape, cu_seqlens)
         if value is not None:
             checks.same_device(name, value, logits.device)
     for name in ("old_logprobs", "ref_logprobs"):
         if values[name] is not None:
-            checks.shape(name, values[name], rows)
+            checks.shape(name, values[name], shape)
     checks.normalizer(normalizer, validate)
     if config.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"kl_coef is {config.kl_coef}: the KL penalty needs ref_logprobs")
@@ -190,9 +191,9 @@ def policy_loss(
         if x is None:
             return None
         x = x.detach().to(dtype, copy=True)  # metrics are read later: the caller may reuse its buffers
-        if x.shape == rows:
+        if x.shape == shape:
             return x
-        return x[:, None].expand(rows) if len(rows) == 2 else spread_to_rows(x, cu_seqlens, rows[0])
+        return x[:, None].expand(shape) if len(shape) == 2 else spread_to_rows(x, cu_seqlens, shape[0])
 
     advantages = per_row(advantages)
     old, ref, rollout = (per_row(x) for x in (old_logprobs, ref_logprobs, rollout_weights))

@@ -39,7 +39,7 @@ class Advantages:
     _success_rate: Tensor
     _std: Tensor
     _num_groups: int | Tensor
-    _computed: dict = field(default_factory=dict, repr=False, compare=False)
+    _computed: dict = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def group_ids(self) -> Tensor:
@@ -86,7 +86,7 @@ class PolicyLossOutput:
     logprobs: Tensor
     entropy: Tensor
     _compute_metrics: Callable[[], dict[str, Tensor]]
-    _computed: dict = field(default_factory=dict, repr=False, compare=False)
+    _computed: dict = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @lazy
     def metrics(self) -> dict[str, Tensor]:

@@ -142,6 +142,23 @@ def test_dynamic_shapes_compile_once(backend, device):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("name", ["temperature", "kl_coef", "entropy_coef", "eps_high"])
+def test_other_numbers_compile(name, backend, device):
+    """The second value of a number arrives in the traced code as a symbol."""
+    batch = make_batch(57, device=device)
+    _, keywords = optional_arguments(batch, ref=True)
+
+    def loss(logits, number):
+        config = replace(PRESETS["dapo"], **{name: number})
+        logprobs, _ = token_logprobs(logits, batch.tokens, temperature=number, backend=backend)
+        out = policy_loss(logits, batch.tokens, batch.advantages, config=config, backend=backend, **keywords)
+        return out.loss + logprobs.sum()
+
+    function = compiled(loss)
+    for number in (0.5, 0.7, 1.3):
+        torch.testing.assert_close(function(batch.logits, number), loss(batch.logits, number))
+
+
 @pytest.mark.parametrize("by_ids", [False, True])
 def test_rewards_to_loss_compiles(by_ids, backend, device):
     batch = make_batch(57, "padded", device=device, lengths=(6, 3, 5, 6))
@@ -250,3 +267,11 @@ def test_outputs_can_be_copied_and_saved(how, backend, device):
     for name, value in out.metrics.items():
         assert_bitwise(twin.metrics[name], value, name)
     assert_bitwise(copied(out).metrics["entropy"], out.metrics["entropy"], "metrics computed before the copy")
+
+
+def test_a_changed_copy_computes_anew(backend, device):
+    """dataclasses.replace: what was computed lazily belongs to the old values."""
+    advantages = quantile_advantages(torch.tensor([1.0, 0, 0, 1, 1, 1], device=device), 3, backend=backend)
+    before = advantages.zero_fraction
+    everybody = replace(advantages, active=torch.ones_like(advantages.active))
+    assert everybody.zero_fraction == 0 and advantages.zero_fraction == before > 0

@@ -342,6 +342,21 @@ def test_inplace(vocab, name, dtype, backend, device):
     assert_bitwise(out.entropy, expected.entropy, "entropy")
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_off_their_alignment(dtype, inplace, backend, device):
+    """A vocabulary that promises aligned rows, in memory that begins one element later."""
+    batch = make_batch(1000, dtype=dtype, device=device)
+    expected = run(batch, batch.advantages, DAPO, backend=backend)
+    memory = torch.zeros(batch.logits.numel() + 1, dtype=dtype, device=device)
+    logits = memory[1:].view_as(batch.logits).copy_(batch.logits).requires_grad_()
+    out = policy_loss(logits, batch.tokens, batch.advantages, config=DAPO, inplace=inplace, backend=backend)
+    (out.loss * 1.0).backward()
+    assert_bitwise(out.loss, expected.loss, "loss")
+    assert_bitwise(logits.grad, expected.dlogits, "gradient")
+    assert memory[0] == 0
+
+
 def test_inplace_tells_whoever_saved_the_logits(backend, device):
     batch = make_batch(57, device=device)
     logits = batch.logits.requires_grad_().exp()  # exp saves its result for its backward
@@ -579,25 +594,30 @@ def test_every_row_is_active_under_other_terms(name, backend, device):
     assert_same(run(batch, advantages, CONFIGS[name], backend=backend, entropy="active", **keywords), expected)
 
 
-@pytest.mark.parametrize("case", ["advantage 0", "masked", "clipped"])
+@pytest.mark.parametrize("case", ["advantage 0", "masked", "clipped", "KL, ref = logprob"])
 def test_rows_may_be_left_unwritten(case, device):
-    """write_zeros=False: only the rows that carry credit are written, clipped ones among them."""
-    batch = make_batch(9001, device=device, lengths=(3,))
-    advantages = torch.tensor([1.0, 0.0 if case == "advantage 0" else 1.0, -1.0], device=device)
-    weights = torch.tensor([0.5, 0.0 if case == "masked" else 0.5, 0.5], device=device)
-    old = batch.old_logprobs - 5 if case == "clipped" else batch.old_logprobs
-    written, left = (fused_rows(batch, weights, advantages, old, write_zeros) for write_zeros in (True, False))
-    assert (written[1] == 0).all() and (left[1] == (0 if case == "clipped" else 7)).all()
-    assert_bitwise(left[[0, 2]], written[[0, 2]], "gradient")
-
-
-def fused_rows(batch, weights, advantages, old, write_zeros):
+    """write_zeros=False: only the rows that carry credit are written, those of gradient 0 among them."""
     from qae_kernels.fused.policy_loss import policy_loss_rows
 
-    dlogits = torch.full_like(batch.logits, 7)
-    policy_loss_rows(batch.logits, dlogits, batch.tokens, weights, advantages, old, None, None, DAPO,
-                     write_zeros=write_zeros)  # fmt: skip
-    return dlogits
+    batch = make_batch(9001, device=device, lengths=(3,))
+    advantages = torch.tensor([1.0, 0.0 if case in ("advantage 0", "KL, ref = logprob") else 1.0, -1.0], device=device)
+    weights = torch.tensor([0.5, 0.0 if case == "masked" else 0.5, 0.5], device=device)
+    old = batch.old_logprobs - 5 if case == "clipped" else batch.old_logprobs
+    if case == "KL, ref = logprob":
+        ref = run(batch, batch.advantages, DAPO, backend="triton").logprobs
+        config = PolicyLossConfig(kl_coef=0.1)
+    else:
+        ref, config = None, DAPO
+
+    def gradient(write_zeros):
+        dlogits = torch.full_like(batch.logits, 7)
+        policy_loss_rows(batch.logits, dlogits, batch.tokens, weights, advantages, old, ref, None, config,
+                         write_zeros=write_zeros)  # fmt: skip
+        return dlogits
+
+    written, left = gradient(True), gradient(False)
+    assert (written[1] == 0).all() and (left[1] == (7 if case in ("advantage 0", "masked") else 0)).all()
+    assert_bitwise(left[[0, 2]], written[[0, 2]], "gradient")
 
 
 @pytest.mark.parametrize("logits", [-torch.inf, torch.inf, torch.nan], ids=str)

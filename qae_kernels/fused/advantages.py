@@ -129,7 +129,7 @@ def group_advantages_kernel(
         first = program * group_size
         size = program * 0 + group_size
         group = program
-        starts = program >= 0
+        starts = program >= 0  # every program
     if starts:
         smallest = tl.full([], float("inf"), tl.float32)
         successes = tl.full([], 0, tl.float64)
@@ -182,7 +182,7 @@ def group_advantages_kernel(
                 advantage = tl.where((advantage == 0) | (spread == 0), 0.0, tl.div_rn(advantage, spread + eps))
             tl.store(advantages_ptr + at, advantage, mask=inside)
             tl.store(active_ptr + at, advantage != 0, mask=inside)
-    else:  # as many programs as there are places left in the results per group: zeros there, for the same bits always
+    else:  # as many programs as the results per group have unused places: zeros there, not what memory held before
         place = tl.num_programs(0) - (program - group)
         tl.store(group_ids_ptr + place, 0)
         tl.store(baseline_ptr + place, 0.0)

@@ -59,7 +59,7 @@ def policy_loss_kernel(
         x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
         token = tl.load(tokens_ptr + row)
         target = target_logit(x_row, token, V)
-        peak, log2_sum, entropy = row_statistics(x_row, scale, ENTROPY, V, BLOCK, THREADS)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, ENTROPY, V, ALIGNED, BLOCK, THREADS)
         logprob = target_logprob(target, peak, log2_sum, scale)
         tl.store(logprobs_ptr + row, logprob)
         tl.store(entropy_ptr + row, entropy)
@@ -82,7 +82,7 @@ def policy_loss_kernel(
             if (dlogp != 0) | (entropy_coef != 0):
                 write_row_gradient(x_row, dx_row, token, target, peak, log2_sum, entropy, weight * dlogp,
                                    -weight * entropy_coef, scale, inv_temperature, V, BLOCK)  # fmt: skip
-            elif WRITE_ZEROS | (credit != 0):
+            elif WRITE_ZEROS | (credit != 0) | (kl_coef != 0):
                 write_zero_row(dx_row, V, BLOCK)
     else:
         tl.store(loss_ptr + row, 0.0)
@@ -109,7 +109,7 @@ def scale_kernel(
 
 
 def new_gradient(logits: torch.Tensor) -> torch.Tensor:
-    """Not filled: the kernel writes every element."""
+    """Not filled: the kernel writes every element (unless it is told not to, see `policy_loss_rows`)."""
     return logits.new_empty(logits.shape)
 
 
@@ -141,7 +141,12 @@ def policy_loss_rows(
     outputs = tuple(torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(3))
     if tokens.numel() == 0:
         return outputs
-    dx, dstride_b, dstride_t, _ = (None, 0, 0, 0) if dlogits is None else as_rows(dlogits)
+    if dlogits is None:
+        dx, dstride_b, dstride_t = None, 0, 0
+    elif dlogits is logits:
+        dx, dstride_b, dstride_t = x, stride_b, stride_t
+    else:
+        dx, dstride_b, dstride_t, _ = as_rows(dlogits)
     stride_a = (0, advantages.stride(0)) if advantages.dim() == 1 else advantages.stride()
     dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
     block, threads = launch_config(vocab, x.dtype)
@@ -153,7 +158,7 @@ def policy_loss_rows(
             (float(config.eps_low), float(config.eps_high), float(dual_clip)),
             OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
             READ_IDLE=entropy == "all", ENTROPY=entropy != "none", WRITE_ZEROS=write_zeros,
-            V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
+            V=vocab, ALIGNED=is_aligned(vocab, x.dtype), BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
         )  # fmt: skip
     if dx is not dlogits:
         dlogits.copy_(dx)
@@ -170,7 +175,7 @@ def scale_gradient(dlogits: torch.Tensor, factor: torch.Tensor) -> None:
         with torch.cuda.device_of(dx):
             scale_kernel[(rows,)](
                 dx, stride_b, stride_t, factor, T,
-                V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=num_warps(threads),
+                V=vocab, ALIGNED=is_aligned(vocab, dx.dtype), BLOCK=block, num_warps=num_warps(threads),
             )  # fmt: skip
     if dx is not dlogits:
         dlogits.copy_(dx)

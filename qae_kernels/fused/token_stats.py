@@ -6,9 +6,10 @@
 
 Exponentials are base 2, with log2(e) and 1/temperature folded into one factor `scale`, so one fused multiply-add and
 one EX2 make a term. Everything is relative to `peak`, the rounded product of the row maximum and `scale`; because the
-same rounded number is subtracted everywhere, large common offsets cost no accuracy. A tile is [loads, threads, width],
-width elements being 16 bytes: in aligned rows each thread owns whole loads, reduces them without leaving itself,
-rescales its running sums once per tile, and the threads meet once, at the end of the row.
+same rounded number is subtracted everywhere, large common offsets (to 1e9) cost no accuracy. A tile is read as a line
+and looked at as [loads, threads, width], as the compiler deals it out: each thread owns whole loads of 16 bytes (of one
+element in unaligned rows), reduces them without leaving itself, rescales its running sums once per tile, and the
+threads meet once, at the end of the row.
 
 x, dx: [B, T, V] with any strides of B and T and stride 1 in V (flat [N, V]: B = 1, T = N). Row r is (r // T, r % T).
 Per-row vectors [N] are contiguous. Backward keeps per row: peak, log2_sum (f32) and the entropy.
@@ -23,7 +24,6 @@ import triton.language as tl
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where -inf - -inf or 0 * inf would be NaN
-ROW_ALIGNMENT = tl.constexpr(16)  # elements
 
 # Sums of a row must not depend on the rows around it. The compiler lays a tile out by what it knows of the addresses,
 # so it is told of strides and sizes only what follows from V (`ALIGNED`), and does not specialise on their values.
@@ -34,13 +34,13 @@ def row_start(ptr, row, stride_b, stride_t, T, ALIGNED: tl.constexpr):
     """Pointer to element 0 of a row, with 64-bit arithmetic: N * V may exceed 2^31. ALIGNED: see `is_aligned`."""
     offset = (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
     if ALIGNED:
-        offset = tl.multiple_of(offset, ROW_ALIGNMENT)
+        offset = tl.multiple_of(offset, 128 // ptr.dtype.element_ty.primitive_bitwidth)
     return ptr + offset
 
 
 @triton.jit
 def _accumulate(x, peak, total, weighted, scale, ENTROPY: tl.constexpr, CLAMP: tl.constexpr):
-    """Adds a tile [loads, threads, width] to the running state [threads] (log2 units, relative to peak):
+    """Adds a tile [loads, threads, width] to the running state [threads] (in log2, relative to peak):
     total = sum 2^(u - peak), weighted = sum 2^(u - peak) (u - peak), u = x scale."""
     new_peak = tl.maximum(peak, tl.max(tl.max(x, 2), 0) * scale)
     u = tl.fma(x, scale, -new_peak[None, :, None])
@@ -56,22 +56,22 @@ def _accumulate(x, peak, total, weighted, scale, ENTROPY: tl.constexpr, CLAMP: t
 
 
 @triton.jit
-def _row_sums(x_ptr, scale, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
-              THREADS: tl.constexpr):  # fmt: skip
+def _row_sums(x_ptr, scale, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
+              BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """The state of a whole row: (peak, total, weighted). Without CLAMP an infinite logit makes weighted NaN."""
-    WIDTH: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
-    LOADS: tl.constexpr = BLOCK // THREADS // WIDTH
+    WIDTH: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
+    TILE: tl.constexpr = (BLOCK // THREADS // WIDTH, THREADS, WIDTH)
     MAIN: tl.constexpr = V // BLOCK * BLOCK
-    load = tl.arange(0, LOADS)[:, None, None] * (THREADS * WIDTH)
-    offs = load + tl.arange(0, THREADS)[None, :, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
+    offs = tl.arange(0, BLOCK)
     peak = tl.full([THREADS], LOWEST, tl.float32)
     total = tl.zeros([THREADS], tl.float32)
     weighted = tl.zeros([THREADS], tl.float32)
     for start in range(0, MAIN, BLOCK):
-        x = tl.load(x_ptr + start + offs).to(tl.float32)
+        x = tl.reshape(tl.load(x_ptr + start + offs), TILE).to(tl.float32)
         peak, total, weighted = _accumulate(x, peak, total, weighted, scale, ENTROPY, CLAMP)
     if MAIN < V:
-        x = tl.load(x_ptr + MAIN + offs, mask=MAIN + offs < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(x_ptr + MAIN + offs, mask=MAIN + offs < V, other=float("-inf"))
+        x = tl.reshape(x, TILE).to(tl.float32)
         peak, total, weighted = _accumulate(x, peak, total, weighted, scale, ENTROPY, True)
     row_peak = tl.max(peak, 0)
     shift = peak - row_peak
@@ -80,16 +80,17 @@ def _row_sums(x_ptr, scale, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, V: tl.co
 
 
 @triton.jit
-def row_statistics(x_ptr, scale, ENTROPY: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+def row_statistics(x_ptr, scale, ENTROPY: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+                   THREADS: tl.constexpr):  # fmt: skip
     """Returns peak, log2_sum and the entropy in nats (0 without ENTROPY): log2 sum 2^(x scale) = peak + log2_sum.
 
     A clamp per element would make -inf logits harmless (0 * -inf is NaN) at the price of one instruction in nine. Rows
     that hold such logits are rare: they show by their NaN, and are read once more with the clamp.
     """
-    peak, total, weighted = _row_sums(x_ptr, scale, ENTROPY, False, V, BLOCK, THREADS)
+    peak, total, weighted = _row_sums(x_ptr, scale, ENTROPY, False, V, ALIGNED, BLOCK, THREADS)
     if ENTROPY:
         if weighted != weighted:
-            peak, total, weighted = _row_sums(x_ptr, scale, ENTROPY, True, V, BLOCK, THREADS)
+            peak, total, weighted = _row_sums(x_ptr, scale, ENTROPY, True, V, ALIGNED, BLOCK, THREADS)
     log2_sum = tl.log2(total)
     entropy = tl.zeros([], tl.float32)
     if ENTROPY:
@@ -180,7 +181,7 @@ def token_logprobs_kernel(
     else:
         x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
         target = target_logit(x_row, tl.load(tokens_ptr + row), V)
-        peak, log2_sum, entropy = row_statistics(x_row, scale, True, V, BLOCK, THREADS)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, True, V, ALIGNED, BLOCK, THREADS)
         tl.store(logprobs_ptr + row, target_logprob(target, peak, log2_sum, scale))
         tl.store(entropy_ptr + row, entropy)
         tl.store(peak_ptr + row, peak)
@@ -214,28 +215,31 @@ def launch_config(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
     or on several shorter ones, so that the second pass may find the rows in flight in the L2 cache (not measured yet).
     """
     row_bytes = vocab * dtype.itemsize
-    threads = 32 * min(32, triton.next_power_of_2(max(1, row_bytes // 10_240)))
+    most = 1024 if warp_size() == 32 else 512  # with 64 the compiler spills a few registers of 1024 threads
+    threads = min(most, 32 * triton.next_power_of_2(max(1, row_bytes // 10_240)))  # 10 to 20 KB of a row for 32 threads
     return threads * 64 // dtype.itemsize, threads
 
 
 def num_warps(threads: int) -> int:
-    """Of the target that Triton compiles for; the interpreter has none."""
-    if triton.knobs.runtime.interpret:
-        return 1
-    return max(1, threads // triton.runtime.driver.active.get_current_target().warp_size)
+    return max(1, threads // warp_size())
 
 
-def is_aligned(vocab: int) -> bool:
-    """Whether every row of a contiguous [N, V] starts at a multiple of ROW_ALIGNMENT; then loads are 128 bits wide."""
-    return vocab % ROW_ALIGNMENT.value == 0
+def warp_size() -> int:
+    """Of the device that Triton compiles for; the interpreter has none."""
+    return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def is_aligned(vocab: int, dtype: torch.dtype) -> bool:
+    """Whether every row of a contiguous [N, V] starts at a multiple of 16 bytes; then loads are 128 bits wide."""
+    return vocab * dtype.itemsize % 16 == 0
 
 
 def is_addressable(x: torch.Tensor) -> bool:
     """Whether the kernels can read x [..., V] where it lies: stride 1 in V, and aligned rows if V promises them."""
     if x.shape[-1] != 1 and x.stride(-1) != 1:
         return False
-    strides_fit = all(step % ROW_ALIGNMENT.value == 0 for step in x.stride()[:-1])
-    return not is_aligned(x.shape[-1]) or (strides_fit and x.data_ptr() % 16 == 0)
+    strides_fit = all(step * x.itemsize % 16 == 0 for step in x.stride()[:-1])
+    return not is_aligned(x.shape[-1], x.dtype) or (strides_fit and x.data_ptr() % 16 == 0)
 
 
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
@@ -259,7 +263,7 @@ def token_logprobs_rows(
         with torch.cuda.device_of(x):
             token_logprobs_kernel[(tokens.numel(),)](
                 x, stride_b, stride_t, tokens.contiguous(), mask.contiguous(), *outputs,
-                T, LOG2E / temperature, V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, THREADS=threads,
+                T, LOG2E / temperature, V=vocab, ALIGNED=is_aligned(vocab, x.dtype), BLOCK=block, THREADS=threads,
                 num_warps=num_warps(threads),
             )  # fmt: skip
     return outputs
@@ -280,6 +284,6 @@ def token_logprobs_gradient(
         with torch.cuda.device_of(x):
             token_logprobs_backward_kernel[(tokens.numel(),)](
                 x, stride_b, stride_t, dx, dstride_b, dstride_t, *per_row, T, LOG2E / temperature,
-                1 / temperature, V=vocab, ALIGNED=is_aligned(vocab), BLOCK=block, num_warps=num_warps(threads),
+                1 / temperature, V=vocab, ALIGNED=is_aligned(vocab, x.dtype), BLOCK=block, num_warps=num_warps(threads),
             )  # fmt: skip
     return dx
