@@ -51,7 +51,7 @@ def steps(out: Path, scratch: Path) -> dict[str, Step]:
     def bench(name: str, limit_s: int, *arguments: str) -> Step:
         return Step(["-m", "bench", *arguments, "--json", str(out / f"{name}.json")], limit_s, True)
 
-    workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    workers = ["-n", str(min(8, os.cpu_count() or 1))]
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     return {
         "validate": Step(["-m", "qae_kernels.validate", "--json", str(out / "validate.json")], 100),

@@ -19,8 +19,6 @@ from integration.warm_start import warm_start
 from qae_kernels import PolicyLossConfig, group_advantages
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
 
-pytestmark = pytest.mark.xdist_group("loop")  # one worker, so that the warm start below is made once
-
 TINY = TrainConfig(
     device="cpu", backend="torch", steps=3, prompts_per_step=4, group_size=4, minibatches=2, max_new_tokens=16,
     eval_every=2, eval_samples=2, model=ModelConfig(),
