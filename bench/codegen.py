@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel, for GPUs that need not be there: registers, spills, and the hot loops.
 
     python -m bench.codegen                       every target, bf16, fp16 and fp32
-    python -m bench.codegen --arch sm_90 --dtype bf16 --json codegen.json
+    python -m bench.codegen --arch sm_90 --dtype bf16 --peers --json codegen.json
 
 The launchers run as they are, on CPU tensors; their kernels are compiled and not launched. Read off the machine code:
 
@@ -205,7 +205,7 @@ def describe_loop(body: list[Instruction], itemsize: int, threads_per_sm: int) -
         name = "statistics" if loads else "zeros"
     elif not ex2:
         name = "scale"
-    else:  # p times a number is two operations per logit; p times (a + b log p) is three
+    else:  # of ours: p times a number is two operations per logit; p times (a + b log p) is three
         name = "gradient" if flops < 2.5 * logits else "gradient with entropy term"
     return {
         "name": name, "instructions": len(body) / logits, "ex2": ex2 / logits,
@@ -299,9 +299,26 @@ def advantages_cases() -> Iterator[Case]:
             )  # fmt: skip
 
 
-def compile_all(target: str, dtypes: list[str], vocab: int) -> list[dict[str, Any]]:
+def peer_cases(vocab: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Forward and backward of the installed peers that have Triton kernels."""
+    from .peers import LOGITS_PEERS, Problem
+
+    problem = Problem.random(8, vocab, dtype=dtype)
+    for name, peer in LOGITS_PEERS.items():
+        if peer.needs == "triton":
+            try:
+                peer.load()
+            except ImportError as error:
+                print(f"{name}: missing ({error})")
+            else:
+                yield name, partial(peer, problem)
+
+
+def compile_all(target: str, dtypes: list[str], vocab: int, peers: bool = False) -> list[dict[str, Any]]:
     read = read_amdgcn if target.startswith("gfx") else read_cubin
     jobs = [(dtype, vocab, case) for dtype in dtypes for case in vocabulary_cases(vocab, DTYPES[dtype])]
+    if peers:
+        jobs += [(dtype, vocab, case) for dtype in dtypes for case in peer_cases(vocab, DTYPES[dtype])]
     jobs += [(None, None, case) for case in advantages_cases()]
     records = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # one kernel is disassembled while the next is compiled
@@ -309,7 +326,10 @@ def compile_all(target: str, dtypes: list[str], vocab: int) -> list[dict[str, An
             with compile_only(target) as compiled:
                 launch()
             for kernel in compiled:
-                about = {"target": target, "dtype": dtype, "vocab": size, "case": case, "kernel": kernel.metadata.name}
+                name = kernel.metadata.name
+                about = {"target": target, "dtype": dtype, "vocab": size, "case": case, "kernel": name}
+                if len(compiled) > 1:  # a peer's forward and backward
+                    about["case"] = f"{case}, {name}"
                 facts = pool.submit(read, kernel, target, DTYPES[dtype].itemsize if dtype else None)
                 records.append((about, facts))
         return [about | facts.result() for about, facts in records]
@@ -349,6 +369,7 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--peers", action="store_true", help="the peers' kernels too, where they are installed")
     parser.add_argument("--json", metavar="PATH", help="also write everything there")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
@@ -356,7 +377,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, triton {triton.__version__}")
     for target in options.arch:
         try:
-            records = compile_all(target, options.dtype, options.vocab)
+            records = compile_all(target, options.dtype, options.vocab, options.peers)
         except Exception as error:  # the other targets are still worth seeing
             report["failures"][target] = f"{type(error).__name__}: {error}"
             print(f"\n{target}: {report['failures'][target]}")

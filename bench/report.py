@@ -19,6 +19,15 @@ from pathlib import Path
 from .harness import OURS, ROOT, Row
 
 RESULTS, README, DOCS = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs"
+# Of `python -m bench.codegen --arch sm_90 --dtype bf16 --peers --json` and `python -m bench.traffic --json`.
+CODEGEN, TRAFFIC = "codegen.json", "traffic.json"
+# Contestant: (its kernels in codegen.json, its name in traffic.json).
+PROVEN = {
+    "qae_kernels": ("loss, entropy=all", "policy_loss"),
+    "qae_kernels, entropy='active'": ("loss, entropy=active", "policy_loss, entropy=active"),
+    "qae_kernels, entropy='none'": ("loss, entropy=none", "policy_loss, entropy=none"),
+    "Liger": ("Liger, ", "Liger"), "TRL": ("TRL, ", "TRL"), "eager PyTorch": (None, "eager PyTorch"),
+}  # fmt: skip
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ON_GPU = "Triton kernels"  # what `about` says of a GPU's results
 FLOOR = "floor: the bytes that must move, at a copy's rate"
@@ -108,9 +117,41 @@ def origin(about: Row) -> str:
     )
 
 
-def block(results: list[Row]) -> str:
+def proofs(folder: Path) -> list[str]:
+    """What needs no GPU: a table of instructions, bytes and launches, and a line on it; [] if it was not counted."""
+    if not ((folder / CODEGEN).exists() and (folder / TRAFFIC).exists()):
+        return []
+    codegen, traffic = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CODEGEN, TRAFFIC))
+    head = ["forward + backward, per bf16 logit", "instructions", "EX2", "bytes, dense", "bytes, 80% zero credit",
+            "launches: Triton", "launches: PyTorch"]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
+    for contestant, (case, name) in PROVEN.items():
+        kernels = [k for k in codegen["kernels"] if case and k["case"].startswith(case) and k["target"] == "sm_90"]
+        loops = [loop for k in kernels for loop in k["loops"]]
+        parts = [next((x for x in loops if x["name"] == "statistics"), None),
+                 next((x for x in loops if x["name"].startswith("gradient")), None)]  # fmt: skip
+        counted = [
+            " + ".join("?" if part is None else f"{part[key]:.2f}" for part in parts) if kernels else ""
+            for key in ("instructions", "ex2")
+        ]
+        dense, sparse = (next((row for row in traffic["rows"] if row["name"] == name and f"{share} of the rows" in
+                               row["table"]), None) for share in (" 0%", "80%"))  # fmt: skip
+        if dense is None:
+            continue
+        launches = (str(sum(dense[f"{kind}_launches"].values())) for kind in ("triton", "aten"))
+        lines.append([contestant, *counted, f"{dense['total']:.2f}", f"{sparse['total']:.2f}", *launches])
+    versions = ", ".join(f"{name} {value}" for name, value in traffic.items() if isinstance(value, str))
+    text = (
+        f"Proven without a GPU: instructions of the hot loops (statistics + gradient) compiled for sm_90 at V = "
+        f"{codegen['kernels'][0]['vocab']:,}; bytes of global memory and launches counted in Triton's interpreter. "
+        f"A question mark: no loop to count. With {versions}."
+    )
+    return ["\n".join("| " + " | ".join(line) + " |" for line in lines), text]
+
+
+def block(results: list[Row], folder: Path = RESULTS) -> str:
     """What stands between the README's markers."""
-    parts = [f"![{path.stem.replace('_', ' ')}](docs/{path.name})" for path in plots(results)]
+    parts = proofs(folder) + [f"![{path.stem.replace('_', ' ')}](docs/{path.name})" for path in plots(results)]
     if not any(result["about"]["paths"] == ON_GPU for result in results):
         parts.append("GPU: not measured.")
     for result in results:

@@ -69,6 +69,24 @@ def test_hot_loops(tmp_path):
                 instructions, ex2 = LIMITS[loop["name"]]
                 assert loop["instructions"] <= instructions and loop["ex2"] <= ex2, what
     assert {(kernel["dtype"], kernel["case"]) for kernel in kernels} >= {(d, c) for d in ITEMSIZE for c in LOOPS}
+    assert_committed_results_are_of_this_code(kernels)
+
+
+def assert_committed_results_are_of_this_code(kernels):
+    """bench/results/codegen.json, which the README's table is made of; written with one version of Triton."""
+    import triton
+
+    path = Path(__file__).parents[1] / "bench" / "results" / "codegen.json"
+    committed = json.loads(path.read_text(encoding="utf-8"))
+    if committed["triton"] != triton.__version__:
+        return
+    for case in LOOPS:
+        was, now = (
+            [loop["instructions"] for k in found if (k["case"], k["dtype"]) == (case, "bf16") for loop in k["loops"]]
+            for found in (committed["kernels"], kernels)
+        )
+        message = f"{case}: the README was made of {was}, this code has {now}; run bench.codegen and bench.report"
+        assert sorted(was) == pytest.approx(sorted(now), abs=0.2), message
 
 
 @pytest.mark.slow
