@@ -23,6 +23,7 @@ DRAWN = settings(deadline=None, derandomize=True, suppress_health_check=[HealthC
 SMALL = 1 / 64  # of advantages and coefficients: the tolerances suppose that little comes into a row, here one of few
 FILL = 3.0  # of the memory between rows
 PATH = {torch.float64: "auto"}  # not the backend under test
+pytestmark = pytest.mark.slow
 pad = torch.nn.functional.pad
 # How logits lie in memory: (logits -> memory, memory -> logits).
 VIEWS = {
