@@ -32,6 +32,7 @@ TOTAL_S = 530
 TAIL_LINES = 40
 # Unpacked apart, for the benchmarks only: transformers would take it for usable, without its CUDA extension too.
 FLASH_ATTN = "flash_attn"
+PROPERTIES = "tests/test_properties.py"  # last: every shape it draws compiles kernels of its own
 FIND_DEVICE = """\
 import json, sys, torch
 if not torch.cuda.is_available():
@@ -51,17 +52,18 @@ def steps(out: Path, scratch: Path) -> dict[str, Step]:
     def bench(name: str, limit_s: int, *arguments: str) -> Step:
         return Step(["-m", "bench", *arguments, "--json", str(out / f"{name}.json")], limit_s, True)
 
-    workers = ["-n", str(min(8, os.cpu_count() or 1))]
+    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     return {
         "validate": Step(["-m", "qae_kernels.validate", "--json", str(out / "validate.json")], 100),
         "policy_loss": bench("policy_loss", 120, "policy_loss", "--repeats", "20"),
         "token_logprobs": bench("token_logprobs", 60, "token_logprobs", "--repeats", "20"),
         "advantages": bench("advantages", 40, "advantages", "--repeats", "20"),
-        "tests": Step([*pytest, *(workers if importlib.util.find_spec("xdist") else [])], 220),
+        "tests": Step([*pytest, *parallel, "--ignore", PROPERTIES], 220),
         "sweep": bench("sweep", 120, "policy_loss", "--sweep", "--without", "torch.compile"),
         "codegen": Step(["-m", "bench.codegen", "--json", str(out / "codegen.json")], 60),
         "demo": Step(["-m", "integration.demo", "--steps", "5", "--out", str(scratch / "demo")], 60),
+        "properties": Step([*pytest, *parallel, PROPERTIES], 220),
     }
 
 
