@@ -129,7 +129,7 @@ def policy_loss(
     logits: [B, T, V] (padded) or [N, V] (packed), float16, bfloat16, float32 (float64: PyTorch path). Rows may be
         strided (`logits[:, :-1]` costs no copy).
     tokens: [B, T] or [N] int: the token sampled FROM that row, already shifted.
-    advantages: [B, T] or [N] float, or [B], one per response (packed: needs cu_seqlens).
+    advantages: [B, T] or [N] float, or [B], one per response (packed: needs cu_seqlens; N values are one per token).
     old_logprobs: [B, T] or [N] float: log-probabilities under the policy that sampled; None: on-policy, ratio 1.
     mask: shape of tokens; 0 or False: the row is not there. It may hold anything: NaN, Inf, token -100.
     cu_seqlens: [B + 1] int, where each response of a packed batch begins; the last is N.
@@ -181,6 +181,7 @@ def policy_loss(
         raise ValueError(f"inplace=True needs rows that do not share memory; got strides {logits.stride()}")
 
     dtype = torch.promote_types(logits.dtype, torch.float32)
+    normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     weights = token_weights(
         mask, config.aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer,
         loss_scale_factor=config.loss_scale_factor, dtype=dtype,

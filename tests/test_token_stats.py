@@ -142,3 +142,19 @@ def test_second_derivative_raises(backend, device):
     with pytest.raises(RuntimeError, match=r"(?i)twice|double backward"):
         (gradient,) = torch.autograd.grad((logprobs + entropy).sum(), logits, create_graph=True)
         (gradient.square().sum() + logits.square().sum()).backward()
+
+
+def test_threads_do_not_change_a_row():
+    """A lone long row is summed as one among others, though PyTorch could share its sum among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logits = 3 * torch.randn(8, 40_000, generator=torch.Generator().manual_seed(0))
+        tokens = torch.arange(8)
+        together = token_logprobs(logits, tokens, backend="torch")
+        for row in range(8):
+            alone = token_logprobs(logits[row : row + 1], tokens[row : row + 1], backend="torch")
+            for got, expected in zip(alone, together, strict=True):
+                assert_bitwise(got, expected[row : row + 1], f"row {row}")
+    finally:
+        torch.set_num_threads(before)

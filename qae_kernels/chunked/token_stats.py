@@ -44,7 +44,7 @@ def take_rows(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy [n, V] of the given rows, which rise."""
     view, index = _rows_index(x, rows)
     picked = view[index]
-    return picked.to(dtype, copy=isinstance(index, slice))
+    return picked.to(dtype, copy=isinstance(index, slice), memory_format=torch.contiguous_format)
 
 
 def put_rows(x: Tensor, rows: Tensor, values: Tensor | float) -> None:
@@ -58,6 +58,11 @@ def chunks(rows: Tensor, vocab: int, dtype: torch.dtype) -> Iterator[Tensor]:
     return iter(rows.split(per_chunk)) if rows.numel() else iter(())
 
 
+def _sum(x: Tensor) -> Tensor:
+    """Of each row. A lone row is summed beside itself: threads would share the sum of a single long row."""
+    return x.sum(1) if len(x) > 1 else x.expand(2, -1).sum(1)[:1]
+
+
 def row_statistics(
     logits: Tensor, rows: Tensor, tokens: Tensor, temperature: float, with_entropy: bool = True
 ) -> RowStatistics:
@@ -69,9 +74,9 @@ def row_statistics(
     target = z.gather(1, tokens[:, None].long())[:, 0]
     z.clamp_(min=LOWEST)
     terms = z.exp()
-    total = terms.sum(1)
+    total = _sum(terms)
     if with_entropy:
-        entropy = total.log() - (terms * z).sum(1) / total  # not vecdot: autocast would round it to bfloat16
+        entropy = total.log() - _sum(terms * z) / total  # not vecdot: autocast would round it to bfloat16
     else:
         entropy = torch.zeros_like(total)
     return RowStatistics(z, terms, total, target - total.log(), entropy)
