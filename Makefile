@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m integration.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # The kernels on the oldest Triton that setup.py allows; it lies beside the environment and shadows its Triton.
 $(OLDEST_TRITON): $(INSTALLED)
@@ -38,12 +38,12 @@ $(OLDEST_TRITON): $(INSTALLED)
 	touch $@
 
 test-oldest-triton: $(OLDEST_TRITON)
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" \
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" \
 		-W ignore::DeprecationWarning $(KERNEL_TESTS)
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/test_codegen.py
 
 check: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 gpu:
 	$(PYTHON) -m bench.gpu $(STEPS) --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
