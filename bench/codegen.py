@@ -266,13 +266,15 @@ def vocabulary_cases(vocab: int, dtype: torch.dtype) -> Iterator[Case]:
     logits = torch.empty(16, vocab, dtype=dtype)
     tokens, row = torch.zeros(16, dtype=torch.long), torch.zeros(16)
 
-    def loss(dlogits=logits, old=row, others=None, entropy="all", write_zeros=True, **settings):
+    def loss(dlogits=logits, old=row, others=None, entropy="all", softcap=None, **settings):
         config = PolicyLossConfig(**settings)
-        policy_loss_rows(logits, dlogits, tokens, row, row, old, others, others, config, entropy, write_zeros)
+        policy_loss_rows(logits, dlogits, tokens, row, row, old, others, others, config, entropy, softcap)
 
     for entropy in ("all", "active", "none"):
         yield f"loss, entropy={entropy}", partial(loss, entropy=entropy)
-    yield "loss, entropy=active, write_zeros=False", partial(loss, entropy="active", write_zeros=False)
+    yield "loss, soft cap", partial(loss, softcap=30.0)
+    if dtype == torch.float32:
+        yield "loss, bfloat16 gradient", partial(loss, dlogits=logits.bfloat16())
     yield "loss, on-policy", partial(loss, old=None)
     yield "loss, on-policy, no gradient", partial(loss, old=None, dlogits=None)
     for objective in OBJECTIVES:
@@ -281,7 +283,10 @@ def vocabulary_cases(vocab: int, dtype: torch.dtype) -> Iterator[Case]:
             yield f"loss, {objective}, {kl}, every input", launch
     yield "scale", lambda: scale_gradient(logits, torch.ones(()))
     yield "logprobs", lambda: token_logprobs_rows(logits, tokens, tokens == 0, 1.0)
-    yield "logprobs, backward", lambda: token_logprobs_gradient(logits, tokens, tokens == 0, row, row, row, row, row, 1)
+    yield (
+        "logprobs, backward",
+        lambda: token_logprobs_gradient(logits, logits, tokens, tokens == 0, row, row, row, row, row, 1.0),
+    )
 
 
 def advantages_cases() -> Iterator[Case]:

@@ -2,7 +2,16 @@
 
 from .aggregation import token_weights
 from .config import PRESETS, PolicyLossConfig
-from .ops import group_advantages, policy_loss, qae_dapo_loss, quantile_advantages, token_logprobs
+from .credit import CreditPlan, plan_credit
+from .ops import (
+    group_advantages,
+    linear_policy_loss,
+    linear_token_logprobs,
+    policy_loss,
+    qae_dapo_loss,
+    quantile_advantages,
+    token_logprobs,
+)
 from .outputs import Advantages, PolicyLossOutput
 
 __version__ = "0.1.0"
@@ -10,9 +19,13 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Advantages",
+    "CreditPlan",
     "PolicyLossConfig",
     "PolicyLossOutput",
     "group_advantages",
+    "linear_policy_loss",
+    "linear_token_logprobs",
+    "plan_credit",
     "policy_loss",
     "qae_dapo_loss",
     "quantile_advantages",

@@ -126,25 +126,74 @@ def finite(name: str, value: Tensor) -> None:
         )
 
 
-def logits_and_tokens(logits: Tensor, tokens: Tensor, mask: Tensor | None, validate: bool) -> Tensor:
-    """Checks logits [..., V] against tokens [...]; returns the mask as bool, [...], all True where none was given."""
-    floating("logits", logits)
-    if logits.dim() not in (2, 3):
-        raise ValueError(f"logits must have shape [N, V] or [B, T, V]; got {tuple(logits.shape)}")
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits need a vocabulary of at least 1; got shape {tuple(logits.shape)}")
+def logits(value: Tensor) -> None:
+    floating("logits", value)
+    if value.dim() not in (2, 3):
+        raise ValueError(f"logits must have shape [N, V] or [B, T, V]; got {tuple(value.shape)}")
+    if value.shape[-1] == 0:
+        raise ValueError(f"logits need a vocabulary of at least 1; got shape {tuple(value.shape)}")
+
+
+def head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float | None,
+    max_chunk_bytes: int | None,
+) -> None:  # fmt: skip
+    """Checks hidden [..., D] against weight [V, D] and bias [V], and what is done to the logits."""
+    given = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, value in given.items():
+        floating(name, value)
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"{name} is a DTensor; expected a plain tensor: its full_tensor(), or its to_local() where that is a "
+                "slice of the vocabulary, with process_group"
+            )
+        same_device(name, value, hidden.device)
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden must have shape [N, D] or [B, T, D]; got {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+        raise ValueError(
+            f"weight must have shape [V, D] with D = {hidden.shape[-1]}, as hidden; got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        shape("bias", bias, weight.shape[:1])
+    for name, value in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
+        if value is None and name == "logit_softcap":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number > 0; got {value!r}")
+    if max_chunk_bytes is not None and (
+        isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int) or max_chunk_bytes < 1
+    ):
+        raise ValueError(f"max_chunk_bytes must be a number of bytes, at least 1, or None; got {max_chunk_bytes!r}")
+
+
+def group_name(process_group: object) -> str | None:
+    """Of a `torch.distributed.ProcessGroup`, None for None."""
+    if process_group is None:
+        return None
+    if not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise ValueError(f"process_group must be a torch.distributed.ProcessGroup; got {type(process_group).__name__}")
+    return process_group.group_name
+
+
+def tokens_and_mask(
+    tokens: Tensor, mask: Tensor | None, rows: torch.Size, vocab: int | None, device: torch.device, validate: bool
+) -> Tensor:
+    """Checks tokens against the `rows` [...] of logits or hidden, and against the number of ids, None if not known.
+
+    Returns the mask as bool, [...], all True where none was given.
+    """
     integer("tokens", tokens)
-    shape("tokens", tokens, logits.shape[:-1])
-    same_device("tokens", tokens, logits.device)
+    shape("tokens", tokens, rows)
+    same_device("tokens", tokens, device)
     if mask is None:
         mask = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device)
     else:
         is_tensor("mask", mask)
         shape("mask", mask, tokens.shape)
-        same_device("mask", mask, logits.device)
+        same_device("mask", mask, device)
         mask = mask != 0
-    if reads_values(logits.device, validate):
-        vocab = logits.shape[-1]
+    if vocab is not None and reads_values(device, validate):
         bad = (mask & ((tokens < 0) | (tokens >= vocab))).nonzero()
         if len(bad):
             index = ", ".join(str(i) for i in bad[0].tolist())
@@ -171,12 +220,23 @@ def offsets(cu_seqlens: Tensor | None, num_rows: int, packed: bool, device: torc
             )
 
 
-def row_values(name: str, value: Tensor | None, rows: torch.Size, cu_seqlens: Tensor | None) -> None:
+def row_values(name: str, value: Tensor | None, rows: torch.Size, cu_seqlens: Tensor | None, validate: bool) -> None:
     """Checks a per-token ([N] or [B, T]) or per-response ([B]) float argument of a loss."""
     if value is None:
         return
     floating(name, value)
     if value.shape == rows:
+        if (
+            name in ("advantages", "rollout_weights")
+            and cu_seqlens is not None
+            and cu_seqlens.numel() - 1 == rows[0]
+            and reads_values(value.device, validate)
+            and bool((cu_seqlens[1:] != cu_seqlens[:-1] + 1).any())
+        ):
+            raise ValueError(
+                f"{name} has shape ({rows[0]},), and cu_seqlens describes {rows[0]} responses of {rows[0]} tokens: "
+                "expected one value per token, but these could be one per response; leave the empty responses out"
+            )
         return
     if len(rows) == 2 and value.shape == rows[:1]:
         return

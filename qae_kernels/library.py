@@ -7,15 +7,19 @@ path computes. A result without a gradient formula is declared non-differentiabl
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import checks
+from . import checks, linear_head
 from .config import PolicyLossConfig
+from .linear_head import LinearHead
 from .outputs import Advantages
+from .vocab_parallel import VocabParallel, group_of
 
 
 def _policy_loss_path(triton: bool) -> ModuleType:
@@ -34,6 +38,29 @@ def _token_stats_path(triton: bool) -> ModuleType:
     return path
 
 
+def _sliced(path: Callable[[bool], ModuleType], triton: bool, group: str | None, columns: Tensor, dim: int):
+    """The path, or what does its work on slices of the vocabulary: of `columns` along `dim`."""
+    if group is None:
+        return path(triton)
+    return VocabParallel(_token_stats_path(triton), group_of(group), columns.shape[dim], columns.device)
+
+
+def _pack(config: PolicyLossConfig) -> tuple[str, str, list[float]]:
+    """What of a config the row kernels read, as an operator takes it; the rest is in the weights."""
+    dual_clip = math.inf if config.dual_clip is None else config.dual_clip
+    numbers = (config.eps_low, config.eps_high, dual_clip, config.kl_coef, config.entropy_coef, config.temperature)
+    return config.objective, config.kl_estimator, [float(x) for x in numbers]
+
+
+def _unpack(objective: str, kl_estimator: str, numbers: list[float]) -> PolicyLossConfig:
+    eps_low, eps_high, dual_clip, kl_coef, entropy_coef, temperature = numbers
+    return PolicyLossConfig(
+        objective, kl_estimator=kl_estimator, eps_low=eps_low, eps_high=eps_high,
+        dual_clip=None if dual_clip == math.inf else dual_clip, kl_coef=kl_coef, entropy_coef=entropy_coef,
+        temperature=temperature,
+    )  # fmt: skip
+
+
 def _per_row(tokens: Tensor, logits: Tensor) -> Tensor:
     """A new result of a vocabulary-sized kernel: one number per row, float32 at least."""
     return logits.new_empty(tokens.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -45,29 +72,25 @@ SECOND_BACKWARD = "a second backward through one policy_loss: its gradient was h
 
 
 @torch.library.custom_op("qae_kernels::policy_loss", mutates_args=())
-def policy_loss(
+def _policy_loss(
     logits: Tensor, tokens: Tensor, weights: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None, rollout_weights: Tensor | None, objective: str, kl_estimator: str, eps_low: float,
-    eps_high: float, dual_clip: float | None, kl_coef: float, entropy_coef: float, temperature: float, entropy: str,
-    with_gradient: bool, triton: bool,
+    ref_logprobs: Tensor | None, rollout_weights: Tensor | None, objective: str, kl_estimator: str,
+    numbers: list[float], entropy: str, group: str | None, with_gradient: bool, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], logprobs, entropy, gradient of the loss by the logits: [0] unless with_gradient).
 
     The backward hands that gradient out, multiplied in place: nobody else may look at it.
     """
-    config = PolicyLossConfig(  # ratio and aggregation are in the weights and log-probabilities
-        objective, kl_estimator=kl_estimator, eps_low=eps_low, eps_high=eps_high, dual_clip=dual_clip, kl_coef=kl_coef,
-        entropy_coef=entropy_coef, temperature=temperature,
-    )  # fmt: skip
-    path = _policy_loss_path(triton)
+    path = _sliced(_policy_loss_path, triton, group, logits, -1)
     dlogits = path.new_gradient(logits) if with_gradient else None
     losses, logprobs, entropies = path.policy_loss_rows(
-        logits, dlogits, tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights, config, entropy
-    )
+        logits, dlogits, tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights,
+        _unpack(objective, kl_estimator, numbers), entropy,
+    )  # fmt: skip
     return losses.sum(), logprobs, entropies, logits.new_empty(0) if dlogits is None else dlogits
 
 
-@policy_loss.register_fake
+@_policy_loss.register_fake
 def _(logits, tokens, *others):
     *_, with_gradient, _triton = others
     dlogits = logits.new_empty(logits.shape if with_gradient else 0)
@@ -82,32 +105,35 @@ def _policy_loss_context(ctx, inputs, output):
     ctx.triton, ctx.done = inputs[-1], False
 
 
+def _times(gradient: Tensor, dloss: Tensor, triton: bool) -> Tensor:
+    if type(gradient) is Tensor and not torch.compiler.is_compiling():
+        _policy_loss_path(triton).scale_gradient(gradient if gradient.dim() > 1 else gradient[None], dloss)
+        return gradient
+    # A tracer's tensor: writing over an output of the forward is not for a graph, which plans its memory itself.
+    return gradient * dloss.to(gradient.dtype)
+
+
 def _policy_loss_backward(ctx, dloss, *_):
     checks.no_double_backward("policy_loss")
     if ctx.done:
         raise RuntimeError(SECOND_BACKWARD)
     ctx.done = True
-    (dlogits,) = ctx.saved_tensors
-    if type(dlogits) is Tensor and not torch.compiler.is_compiling():
-        _policy_loss_path(ctx.triton).scale_gradient(dlogits, dloss)
-    else:  # a tracer's tensor: writing over an output of the forward is not for a graph, which plans its memory itself
-        dlogits = dlogits * dloss.to(dlogits.dtype)
-    return dlogits, *(None for _ in ctx.needs_input_grad[1:])
+    return _times(*ctx.saved_tensors, dloss, ctx.triton), *(None for _ in ctx.needs_input_grad[1:])
 
 
-policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_context)
+_policy_loss.register_autograd(_policy_loss_backward, setup_context=_policy_loss_context)
 
 
 class InplacePolicyLoss(torch.autograd.Function):
     """The same with the gradient written over the logits, which no operator of the library may do with a formula."""
 
     @staticmethod
-    def forward(ctx, logits, rows, config, entropy, triton):
-        path = _policy_loss_path(triton)
+    def forward(ctx, logits, rows, config, entropy, group, triton):
+        path = _sliced(_policy_loss_path, triton, group, logits, -1)
         dlogits = logits.detach()
         losses, logprobs, entropies = path.policy_loss_rows(dlogits, dlogits, *rows, config, entropy)
         torch.autograd.graph.increment_version(logits)  # whoever saved these logits must hear that they are gone
-        ctx.dlogits, ctx.path = dlogits, path
+        ctx.dlogits, ctx.path = dlogits, _policy_loss_path(triton)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(logprobs, entropies)
         return losses.sum(), logprobs, entropies
@@ -119,7 +145,106 @@ class InplacePolicyLoss(torch.autograd.Function):
         if dlogits is None:
             raise RuntimeError(SECOND_BACKWARD)
         torch.compiler.disable(ctx.path.scale_gradient)(dlogits, dloss)  # compiled autograd would trace the launcher
-        return dlogits, None, None, None, None
+        return dlogits, None, None, None, None, None
+
+
+def policy_loss(
+    logits: Tensor, rows: tuple[Tensor | None, ...], config: PolicyLossConfig, entropy: str, group: str | None,
+    inplace: bool, triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """rows: tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights.
+
+    Returns (loss, logprobs, entropy).
+    """
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    if inplace and with_gradient and not torch.compiler.is_compiling():
+        return InplacePolicyLoss.apply(logits, rows, config, entropy, group, triton)
+    return _policy_loss(logits, *rows, *_pack(config), entropy, group, with_gradient, triton)[:3]
+
+
+# ---- linear_policy_loss
+
+
+@torch.library.custom_op("qae_kernels::linear_policy_loss", mutates_args=())
+def _linear_policy_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, weights: Tensor, advantages: Tensor,
+    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_weights: Tensor | None, objective: str,
+    kl_estimator: str, numbers: list[float], logit_scale: float, softcap: float | None, entropy: str,
+    max_chunk_bytes: int | None, group: str | None, operand: torch.dtype, wanted: list[bool], triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss [], logprobs, entropy [N], gradients of hidden, weight and bias: [0] unless wanted)."""
+    path = _sliced(_policy_loss_path, triton, group, weight, 0)
+    head = LinearHead(
+        hidden, weight, bias, operand, tuple(wanted), max_chunk_bytes, None if group is None else group_of(group)
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        losses, logprobs, entropies = linear_head.policy_loss_rows(
+            path, head, tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights,
+            _unpack(objective, kl_estimator, numbers), entropy, logit_scale, softcap,
+        )  # fmt: skip
+        return losses.sum(), logprobs, entropies, *head.gradients()
+
+
+def _fake_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) if w else inputs[0].new_empty(0) for x, w in zip(inputs, wanted, strict=True))
+
+
+@_linear_policy_loss.register_fake
+def _(hidden, weight, bias, tokens, *others):
+    *_, operand, wanted, _triton = others
+    dtype = torch.promote_types(operand, torch.float32)
+    loss, logprobs, entropy = (hidden.new_empty(shape, dtype=dtype) for shape in ((), tokens.shape, tokens.shape))
+    return loss, logprobs, entropy, *_fake_gradients((hidden, weight, bias), wanted)
+
+
+def _linear_policy_loss_context(ctx, inputs, output):
+    _, logprobs, entropy, *gradients = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(logprobs, entropy, *gradients)
+    ctx.save_for_backward(*gradients)
+    ctx.wanted, ctx.triton, ctx.done = inputs[-2], inputs[-1], False
+
+
+def _linear_policy_loss_backward(ctx, dloss, *_):
+    checks.no_double_backward("linear_policy_loss")
+    if ctx.done:
+        raise RuntimeError(SECOND_BACKWARD.replace("policy_loss", "linear_policy_loss"))
+    ctx.done = True
+    gradients = [
+        _times(gradient, dloss, ctx.triton) if wanted else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    ]
+    return *gradients, *(None for _ in ctx.needs_input_grad[3:])
+
+
+_linear_policy_loss.register_autograd(_linear_policy_loss_backward, setup_context=_linear_policy_loss_context)
+
+
+def linear_policy_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[Tensor | None, ...], config: PolicyLossConfig,
+    logit_scale: float, softcap: float | None, entropy: str, max_chunk_bytes: int | None, group: str | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """rows: as in `policy_loss`, [N]. Returns (loss, logprobs, entropy)."""
+    return _linear_policy_loss(
+        hidden, weight, bias, *rows, *_pack(config), logit_scale, softcap, entropy, max_chunk_bytes, group,
+        *_operand_and_wanted(hidden, weight, bias, triton), triton,
+    )[:3]  # fmt: skip
+
+
+def _operand_and_wanted(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, triton: bool
+) -> tuple[torch.dtype, list[bool]]:
+    """(dtype of the operands of the matrix products, whether hidden, weight and bias want a gradient).
+
+    float16 is taken to float32, whose range the gradients need; without Triton bfloat16 is as well, once per call,
+    because the CPU's products of bfloat16 cannot give float32.
+    """
+    operand = torch.promote_types(hidden.dtype, weight.dtype)
+    if operand == torch.float16 or (operand == torch.bfloat16 and not triton):
+        operand = torch.float32
+    recorded = torch.is_grad_enabled()
+    return operand, [recorded and x is not None and x.requires_grad for x in (hidden, weight, bias)]
 
 
 # ---- token_logprobs
@@ -129,50 +254,129 @@ class InplacePolicyLoss(torch.autograd.Function):
 def token_logprobs(
     logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, and two numbers per row that the Triton path's backward wants; [0] for the other)."""
+    """(logprobs, entropy, and two numbers per row that the backward wants)."""
     return _token_stats_path(triton).token_logprobs_rows(logits, tokens, mask, temperature)
 
 
 @token_logprobs.register_fake
-def _(logits, tokens, mask, temperature, triton):
-    kept = tokens if triton else tokens.new_empty(0)
-    return _per_row(tokens, logits), _per_row(tokens, logits), _per_row(kept, logits), _per_row(kept, logits)
+def _(logits, tokens, *_):
+    return tuple(_per_row(tokens, logits) for _ in range(4))
 
 
 @torch.library.custom_op("qae_kernels::token_logprobs_backward", mutates_args=())
-def token_logprobs_backward(
-    logits: Tensor, tokens: Tensor, mask: Tensor, peak: Tensor, log2_sum: Tensor, entropy: Tensor, dlogprobs: Tensor,
+def _token_logprobs_gradient(
+    logits: Tensor, tokens: Tensor, mask: Tensor, peak: Tensor, log_sum: Tensor, entropy: Tensor, dlogprobs: Tensor,
     dentropy: Tensor, temperature: float, triton: bool,
 ) -> Tensor:  # fmt: skip
-    return _token_stats_path(triton).token_logprobs_gradient(
-        logits, tokens, mask, peak, log2_sum, entropy, dlogprobs, dentropy, temperature
+    path = _token_stats_path(triton)
+    dlogits = path.new_gradient(logits)
+    path.token_logprobs_gradient(
+        logits, dlogits, tokens, mask, peak, log_sum, entropy, dlogprobs, dentropy, temperature
     )
+    return dlogits
 
 
-@token_logprobs_backward.register_fake
+@_token_logprobs_gradient.register_fake
 def _(logits, *_):
     return logits.new_empty(logits.shape)
 
 
 def _token_logprobs_context(ctx, inputs, output):
     logits, tokens, mask, ctx.temperature, ctx.triton = inputs
-    _, entropy, peak, log2_sum = output
+    _, entropy, peak, log_sum = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(peak, log2_sum)
-    ctx.save_for_backward(logits, tokens, mask, peak, log2_sum, entropy)
+    ctx.mark_non_differentiable(peak, log_sum)
+    ctx.save_for_backward(logits, tokens, mask, peak, log_sum, entropy)
 
 
 def _token_logprobs_backward(ctx, dlogprobs, dentropy, *_):
     checks.no_double_backward("token_logprobs")
-    logits, tokens, mask, peak, log2_sum, entropy = ctx.saved_tensors
+    *per_row, entropy = ctx.saved_tensors
     dlogprobs, dentropy = (torch.zeros_like(entropy) if g is None else g for g in (dlogprobs, dentropy))
-    dlogits = token_logprobs_backward(
-        logits, tokens, mask, peak, log2_sum, entropy, dlogprobs, dentropy, ctx.temperature, ctx.triton
-    )
+    dlogits = _token_logprobs_gradient(*per_row, entropy, dlogprobs, dentropy, ctx.temperature, ctx.triton)
     return dlogits, None, None, None, None
 
 
 token_logprobs.register_autograd(_token_logprobs_backward, setup_context=_token_logprobs_context)
+
+
+# ---- linear_token_logprobs
+
+
+@torch.library.custom_op("qae_kernels::linear_token_logprobs", mutates_args=())
+def _linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor, temperature: float,
+    logit_scale: float, softcap: float | None, max_chunk_bytes: int | None, group: str | None, operand: torch.dtype,
+    wanted: list[bool], triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logprobs, entropy, and two numbers per row that the backward wants) [N]."""
+    path = _sliced(_token_stats_path, triton, group, weight, 0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = LinearHead(hidden, weight, bias, operand, max_chunk_bytes=max_chunk_bytes)
+        return linear_head.token_logprobs_rows(path, head, tokens, mask, temperature, logit_scale, softcap)
+
+
+@_linear_token_logprobs.register_fake
+def _(hidden, weight, bias, tokens, *others):
+    *_, operand, _wanted, _triton = others
+    dtype = torch.promote_types(operand, torch.float32)
+    return tuple(hidden.new_empty(tokens.shape, dtype=dtype) for _ in range(4))
+
+
+@torch.library.custom_op("qae_kernels::linear_token_logprobs_backward", mutates_args=())
+def _linear_token_logprobs_gradient(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor, peak: Tensor, log_sum: Tensor,
+    entropy: Tensor, dlogprobs: Tensor, dentropy: Tensor, temperature: float, logit_scale: float,
+    softcap: float | None, max_chunk_bytes: int | None, group: str | None, operand: torch.dtype, wanted: list[bool],
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    path = _sliced(_token_stats_path, triton, group, weight, 0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = LinearHead(
+            hidden, weight, bias, operand, tuple(wanted), max_chunk_bytes, None if group is None else group_of(group)
+        )
+        linear_head.token_logprobs_gradient(
+            path, head, tokens, mask, peak, log_sum, entropy, dlogprobs, dentropy, temperature, logit_scale, softcap
+        )
+        return head.gradients()
+
+
+@_linear_token_logprobs_gradient.register_fake
+def _(hidden, weight, bias, *others):
+    *_, wanted, _triton = others
+    return _fake_gradients((hidden, weight, bias), wanted)
+
+
+def _linear_token_logprobs_context(ctx, inputs, output):
+    hidden, weight, bias, tokens, mask, *ctx.settings = inputs
+    _, entropy, peak, log_sum = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(peak, log_sum)
+    ctx.save_for_backward(hidden, weight, bias, tokens, mask, peak, log_sum, entropy)
+
+
+def _linear_token_logprobs_backward(ctx, dlogprobs, dentropy, *_):
+    checks.no_double_backward("linear_token_logprobs")
+    *saved, entropy = ctx.saved_tensors
+    dlogprobs, dentropy = (torch.zeros_like(entropy) if g is None else g for g in (dlogprobs, dentropy))
+    gradients = _linear_token_logprobs_gradient(*saved, entropy, dlogprobs, dentropy, *ctx.settings)
+    *_, wanted, _triton = ctx.settings
+    gradients = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+    return *gradients, *(None for _ in ctx.needs_input_grad[3:])
+
+
+_linear_token_logprobs.register_autograd(_linear_token_logprobs_backward, setup_context=_linear_token_logprobs_context)
+
+
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, mask: Tensor, temperature: float,
+    logit_scale: float, softcap: float | None, max_chunk_bytes: int | None, group: str | None, triton: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns (logprobs, entropy) [N]."""
+    return _linear_token_logprobs(
+        hidden, weight, bias, tokens, mask, temperature, logit_scale, softcap, max_chunk_bytes, group,
+        *_operand_and_wanted(hidden, weight, bias, triton), triton,
+    )[:2]  # fmt: skip
 
 
 # ---- advantages

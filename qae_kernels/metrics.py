@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import PolicyLossConfig
-from .reference.objectives import KL_ESTIMATORS
+from .reference.objectives import KL_ESTIMATORS, has_credit
 
 
 def loss_metrics(
@@ -34,8 +34,7 @@ def loss_metrics(
     active_fraction: share of tokens that carry credit: advantage and rollout weight not 0; 1 with a KL or entropy term
     kl: mean of the penalty's estimate of KL(current || reference); 0 without ref_logprobs
     """
-    credit = advantages if rollout_weights is None else advantages * rollout_weights
-    active = (credit != 0) & mask if config.skips_zero_credit else mask
+    active = has_credit(mask, advantages, rollout_weights, config)
     active_fraction = active.sum() / mask.sum().clamp(min=1)
     if whose_entropy != "all":
         mask = active

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import checks, library
 from .aggregation import spread_to_rows, token_weights
 from .config import PRESETS, PolicyLossConfig
 from .metrics import loss_metrics
 from .outputs import Advantages, PolicyLossOutput
+from .vocab_parallel import slice_bounds
 
 BACKENDS = ("auto", "triton", "torch")
 
 
-def _use_triton(backend: str, x: Tensor) -> bool:
+def _use_triton(backend: str, x: Tensor, *others: Tensor) -> bool:
     """Triton for GPU tensors, and for CPU tensors under TRITON_INTERPRET=1; PyTorch otherwise and for float64."""
     checks.one_of("backend", backend, BACKENDS)
+    float64 = any(tensor.dtype == torch.float64 for tensor in (x, *others))
     possible = x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "triton":
         if not possible:
             raise ValueError(
                 f"backend='triton' needs a GPU tensor, or TRITON_INTERPRET=1 in the environment; got {x.device}"
             )
-        if x.dtype == torch.float64:
+        if float64:
             raise ValueError("backend='triton' computes in float32; for float64 pass backend='torch'")
         return True
-    return backend == "auto" and possible and x.dtype != torch.float64
+    return backend == "auto" and possible and not float64
 
 
 def group_advantages(
@@ -120,6 +124,7 @@ def policy_loss(
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig = PRESETS["dapo"],
     entropy: str = "all",
+    process_group: ProcessGroup | None = None,
     inplace: bool = False,
     backend: str = "auto",
     validate: bool = False,
@@ -141,6 +146,9 @@ def policy_loss(
         others are not read at all, their logprob and entropy come back 0, and the metrics leave them out (except
         active_fraction: the other means are then over fewer tokens). "none": as "active", and no entropy is computed;
         the metrics have none. Loss and gradient are the same bits. With a KL or entropy term every row is active.
+    process_group: the ranks that share the vocabulary, if it is sharded: each gives its slice [..., V / ranks] of the
+        logits, in the order of the ranks, and the same of everything else. Every rank gets the whole loss and metrics,
+        and the gradient of its slice. Slices may differ in size. A backward through this loss communicates nothing.
     inplace: write the gradient over the logits, which then hold nothing else: saves [N, V] of memory, if the logits
         are a tensor of their own; the backward of a slice such as `logits[:, :-1]` allocates the whole again.
         A permission: under torch.compile, which plans memory itself, it is not used.
@@ -154,18 +162,42 @@ def policy_loss(
 
     Raises ValueError: wrong shape, dtype or device; token outside [0, V) in an unmasked row; a missing argument.
     """
+    group = checks.group_name(process_group)
+    checks.logits(logits)
+    vocab = _whole_vocabulary(logits, -1, process_group, validate)
+    mask = checks.tokens_and_mask(tokens, mask, logits.shape[:-1], vocab, logits.device, validate)
+    if inplace and logits.stride(-1) != 1 and logits.shape[-1] != 1:
+        raise ValueError(f"inplace=True needs logits with stride 1 in the vocabulary; got strides {logits.stride()}")
+    if inplace and any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(f"inplace=True needs rows that do not share memory; got strides {logits.stride()}")
+    rows = _rows(
+        torch.promote_types(logits.dtype, torch.float32), tokens, mask, advantages, cu_seqlens, old_logprobs,
+        ref_logprobs, rollout_weights, normalizer, config, entropy, validate,
+    )  # fmt: skip
+    loss, logprobs, entropies = library.policy_loss(
+        logits, rows, config, entropy, group, inplace, _use_triton(backend, logits)
+    )
+    return PolicyLossOutput(loss, logprobs, entropies, _metrics(logprobs, entropies, mask, rows, config, entropy))
+
+
+def _rows(
+    dtype: torch.dtype, tokens: Tensor, mask: Tensor, advantages: Tensor, cu_seqlens: Tensor | None,
+    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_weights: Tensor | None,
+    normalizer: float | Tensor | None, config: PolicyLossConfig, entropy: str, validate: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Checks what a loss is told of its rows. Returns (tokens, weights, advantages, old_logprobs, ref_logprobs,
+    rollout_weights), shape of tokens; one value per response stays one number in memory where strides allow it."""
     if not isinstance(config, PolicyLossConfig):
         raise ValueError(f"config must be a PolicyLossConfig, such as PRESETS['dapo']; got {config!r}")
-    mask = checks.logits_and_tokens(logits, tokens, mask, validate)
-    shape = tokens.shape
-    checks.offsets(cu_seqlens, tokens.numel(), tokens.dim() == 1, logits.device, validate)
+    shape, device = tokens.shape, tokens.device
+    checks.offsets(cu_seqlens, tokens.numel(), tokens.dim() == 1, device, validate)
     values = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
               "rollout_weights": rollout_weights}  # fmt: skip
     checks.is_tensor("advantages", advantages)
     for name, value in values.items():
-        checks.row_values(name, value, shape, cu_seqlens)
+        checks.row_values(name, value, shape, cu_seqlens, validate)
         if value is not None:
-            checks.same_device(name, value, logits.device)
+            checks.same_device(name, value, device)
     for name in ("old_logprobs", "ref_logprobs"):
         if values[name] is not None:
             checks.shape(name, values[name], shape)
@@ -175,12 +207,6 @@ def policy_loss(
     checks.one_of("entropy", entropy, ("all", "active", "none"))
     if config.entropy_coef != 0 and entropy == "none":
         raise ValueError(f"entropy_coef is {config.entropy_coef}: that needs the entropy; entropy='none' computes none")
-    if inplace and logits.stride(-1) != 1:
-        raise ValueError(f"inplace=True needs logits with stride 1 in the vocabulary; got strides {logits.stride()}")
-    if inplace and any(step == 0 and size > 1 for step, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError(f"inplace=True needs rows that do not share memory; got strides {logits.stride()}")
-
-    dtype = torch.promote_types(logits.dtype, torch.float32)
     normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     weights = token_weights(
         mask, config.aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer,
@@ -188,7 +214,6 @@ def policy_loss(
     )  # fmt: skip
 
     def per_row(x: Tensor | None) -> Tensor | None:
-        """Values for each row; one per response stays one number per response in memory where strides allow it."""
         if x is None:
             return None
         x = x.detach().to(dtype, copy=True)  # metrics are read later: the caller may reuse its buffers
@@ -196,21 +221,138 @@ def policy_loss(
             return x
         return x[:, None].expand(shape) if len(shape) == 2 else spread_to_rows(x, cu_seqlens, shape[0])
 
-    advantages = per_row(advantages)
-    old, ref, rollout = (per_row(x) for x in (old_logprobs, ref_logprobs, rollout_weights))
-    triton = _use_triton(backend, logits)
-    with_gradient = logits.requires_grad and torch.is_grad_enabled()
-    if inplace and with_gradient and not torch.compiler.is_compiling():
-        rows = (tokens, weights, advantages, old, ref, rollout)
-        loss, logprobs, entropies = library.InplacePolicyLoss.apply(logits, rows, config, entropy, triton)
-    else:
-        loss, logprobs, entropies, _ = library.policy_loss(
-            logits, tokens, weights, advantages, old, ref, rollout, config.objective, config.kl_estimator,
-            config.eps_low, config.eps_high, config.dual_clip, config.kl_coef, config.entropy_coef,
-            config.temperature, entropy, with_gradient, triton,
-        )  # fmt: skip
-    metrics = partial(loss_metrics, logprobs, entropies, advantages, mask, old, ref, rollout, config, entropy)
-    return PolicyLossOutput(loss, logprobs, entropies, metrics)
+    return tokens, weights, *(per_row(x) for x in values.values())
+
+
+def _metrics(
+    logprobs: Tensor, entropies: Tensor, mask: Tensor, rows: tuple[Tensor | None, ...], config: PolicyLossConfig,
+    entropy: str,
+) -> Callable[[], dict[str, Tensor]]:  # fmt: skip
+    _, _, advantages, old, ref, rollout = rows
+    return partial(loss_metrics, logprobs, entropies, advantages, mask, old, ref, rollout, config, entropy)
+
+
+def _whole_vocabulary(columns: Tensor, dim: int, process_group: ProcessGroup | None, validate: bool) -> int | None:
+    """Size of the vocabulary; of all ranks' slices together, and None where only the device knows that."""
+    if process_group is None:
+        return columns.shape[dim]
+    if not checks.reads_values(columns.device, validate):
+        return None
+    return int(slice_bounds(columns.shape[dim], process_group, columns.device)[1])
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    old_logprobs: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    config: PolicyLossConfig = PRESETS["dapo"],
+    entropy: str = "all",
+    process_group: ProcessGroup | None = None,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+    validate: bool = False,
+) -> PolicyLossOutput:
+    """`policy_loss` from the hidden states and the weight of the head; the [N, V] logits are never held.
+
+    hidden: [B, T, D] (padded) or [N, D] (packed), float16, bfloat16, float32 (float64: PyTorch path): what the head
+        would be given, after the last norm.
+    weight: [V, D], bias: [V], any of these dtypes: `lm_head`, or tied embeddings.
+    logit_scale: > 0, multiplies the logits (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+    logit_softcap: > 0, bounds them: c tanh(logits / c) (Gemma's `final_logit_softcapping`).
+    entropy: as in `policy_loss`. Rows without credit have no gradient: "active" and "none" multiply only the rows with
+        credit by the weight; "all" multiplies the others too, once, for their entropy.
+    process_group: the ranks that share the vocabulary, if the weight is sharded: each gives its slice
+        [V / ranks, D] of weight and bias, in the order of the ranks, and the same of everything else. Every rank gets
+        the whole loss and metrics, the gradient of its slice, and the whole gradient of hidden (already summed over
+        the ranks). Slices may differ in size.
+    max_chunk_bytes: memory for the [rows, V] scratch (float32 logits, and their gradient in bfloat16 where that is what
+        the products read). Default: 1.75 GiB on a GPU, about 2,000 rows of a vocabulary of 151,936; 256 MiB on a CPU.
+        Fewer rows at a time save memory and read the weight, and add to its gradient, more often.
+    tokens, advantages and everything else: as in `policy_loss`.
+
+    Any of hidden, weight and bias may be frozen; what needs no gradient costs none. Under autocast the matrix products
+    read its dtype. bfloat16 products sum in float32 and give float32 logits; the gradient of the weight is summed over
+    the chunks in float32, and rounded to the weight's dtype once. float16 is computed in float32.
+    How many rows have credit decides the size of the products: the call waits for the device to say it.
+    The chunks depend on the number of rows with credit, so a row's bits may depend on the rows beside it.
+    Backward can run once per call. Raises ValueError: as `policy_loss`.
+    """
+    group = checks.group_name(process_group)
+    checks.head(hidden, weight, bias, logit_scale, logit_softcap, max_chunk_bytes)
+    vocab = _whole_vocabulary(weight, 0, process_group, validate)
+    mask = checks.tokens_and_mask(tokens, mask, hidden.shape[:-1], vocab, hidden.device, validate)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    rows = _rows(
+        dtype, tokens, mask, advantages, cu_seqlens, old_logprobs, ref_logprobs, rollout_weights, normalizer, config,
+        entropy, validate,
+    )  # fmt: skip
+    loss, logprobs, entropies = library.linear_policy_loss(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias,
+        tuple(None if x is None else x.reshape(-1) for x in rows), config, float(logit_scale),
+        None if logit_softcap is None else float(logit_softcap), entropy, max_chunk_bytes, group,
+        _use_triton(backend, hidden, weight),
+    )  # fmt: skip
+    logprobs, entropies = logprobs.view(tokens.shape), entropies.view(tokens.shape)
+    return PolicyLossOutput(loss, logprobs, entropies, _metrics(logprobs, entropies, mask, rows, config, entropy))
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    process_group: ProcessGroup | None = None,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+    validate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` from the hidden states and the weight of the head; the [N, V] logits are never held.
+
+    hidden, weight, bias, logit_scale, logit_softcap, process_group, max_chunk_bytes: as in `linear_policy_loss`.
+    tokens, temperature, mask: as in `token_logprobs`; rows where the mask is 0 are not multiplied by the weight.
+    Returns (logprobs, entropy), f32, shape of tokens, both differentiable. The backward forms the logits again, of the
+    rows that have a gradient: where the loss is one of `PolicyLossConfig`, `linear_policy_loss` is cheaper.
+
+    Raises ValueError: as `token_logprobs`.
+    """
+    group = checks.group_name(process_group)
+    checks.head(hidden, weight, bias, logit_scale, logit_softcap, max_chunk_bytes)
+    vocab = _whole_vocabulary(weight, 0, process_group, validate)
+    mask = checks.tokens_and_mask(tokens, mask, hidden.shape[:-1], vocab, hidden.device, validate)
+    temperature = PolicyLossConfig(temperature=temperature).temperature
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    logprobs, entropy = library.linear_token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, tokens.reshape(-1), mask.reshape(-1), float(temperature),
+        float(logit_scale), None if logit_softcap is None else float(logit_softcap), max_chunk_bytes, group,
+        _use_triton(backend, hidden, weight),
+    )  # fmt: skip
+    return logprobs.view(tokens.shape), entropy.view(tokens.shape)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """As autocast would have it for a matrix product; differentiable."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def qae_dapo_loss(
@@ -263,7 +405,8 @@ def token_logprobs(
 
     Raises ValueError: wrong shape, dtype or device; temperature not positive; token outside [0, V) in an unmasked row.
     """
-    mask = checks.logits_and_tokens(logits, tokens, mask, validate)
+    checks.logits(logits)
+    mask = checks.tokens_and_mask(tokens, mask, logits.shape[:-1], logits.shape[-1], logits.device, validate)
     temperature = PolicyLossConfig(temperature=temperature).temperature
     logprobs, entropy, *_ = library.token_logprobs(logits, tokens, mask, temperature, _use_triton(backend, logits))
     return logprobs, entropy

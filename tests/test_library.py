@@ -21,7 +21,7 @@ from qae_kernels import (
     token_logprobs,
 )
 
-SETTINGS = ("clip", "k3", 0.2, 0.28, None, 0.0, 0.0, 1.0)  # objective .. temperature
+SETTINGS = library._pack(PRESETS["dapo"])
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +48,8 @@ def test_policy_loss_operator(with_gradient, dtype, triton, device):
     batch = make_batch(57, "padded", dtype=dtype, device=device)
     batch = replace(batch, advantages=-batch.advantages.abs())  # opcheck multiplies by the sign of the loss, here 1,
     batch.logits.requires_grad_(with_gradient)  # and so does the backward, in place, the gradient that was formed
-    arguments = (*loss_arguments(batch, ref=batch.ref_logprobs), *SETTINGS, "all", with_gradient, triton)
-    opcheck(library.policy_loss, arguments, rtol=1e-5, atol=1e-5)
+    arguments = (*loss_arguments(batch, ref=batch.ref_logprobs), *SETTINGS, "all", None, with_gradient, triton)
+    opcheck(library._policy_loss, arguments, rtol=1e-5, atol=1e-5)
 
 
 def test_token_logprobs_operators(triton, device):
@@ -61,7 +61,7 @@ def test_token_logprobs_operators(triton, device):
     logprobs, entropy, peak, log2_sum = library.token_logprobs(logits, *arguments[1:])
     gradients = (torch.randn_like(logprobs), torch.randn_like(entropy))
     opcheck(
-        library.token_logprobs_backward, (logits, *arguments[1:3], peak, log2_sum, entropy, *gradients, 1.3, triton)
+        library._token_logprobs_gradient, (logits, *arguments[1:3], peak, log2_sum, entropy, *gradients, 1.3, triton)
     )
 
 

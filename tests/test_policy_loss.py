@@ -594,32 +594,6 @@ def test_every_row_is_active_under_other_terms(name, backend, device):
     assert_same(run(batch, advantages, CONFIGS[name], backend=backend, entropy="active", **keywords), expected)
 
 
-@pytest.mark.parametrize("case", ["advantage 0", "masked", "clipped", "KL, ref = logprob"])
-def test_rows_may_be_left_unwritten(case, device):
-    """write_zeros=False: only the rows that carry credit are written, those of gradient 0 among them."""
-    from qae_kernels.fused.policy_loss import policy_loss_rows
-
-    batch = make_batch(9001, device=device, lengths=(3,))
-    advantages = torch.tensor([1.0, 0.0 if case in ("advantage 0", "KL, ref = logprob") else 1.0, -1.0], device=device)
-    weights = torch.tensor([0.5, 0.0 if case == "masked" else 0.5, 0.5], device=device)
-    old = batch.old_logprobs - 5 if case == "clipped" else batch.old_logprobs
-    if case == "KL, ref = logprob":
-        ref = run(batch, batch.advantages, DAPO, backend="triton").logprobs
-        config = PolicyLossConfig(kl_coef=0.1)
-    else:
-        ref, config = None, DAPO
-
-    def gradient(write_zeros):
-        dlogits = torch.full_like(batch.logits, 7)
-        policy_loss_rows(batch.logits, dlogits, batch.tokens, weights, advantages, old, ref, None, config,
-                         write_zeros=write_zeros)  # fmt: skip
-        return dlogits
-
-    written, left = gradient(True), gradient(False)
-    assert (written[1] == 0).all() and (left[1] == (7 if case in ("advantage 0", "masked") else 0)).all()
-    assert_bitwise(left[[0, 2]], written[[0, 2]], "gradient")
-
-
 @pytest.mark.parametrize("logits", [-torch.inf, torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_bad_logit_anywhere(dtype, logits, backend, device):

@@ -26,8 +26,10 @@ LAYERS = {
     "fused": {"checks", "config", "aggregation", "outputs", "credit"},
     "chunked": {"checks", "config", "aggregation", "outputs", "credit", "reference"},
     "metrics": {"checks", "config", "aggregation", "outputs", "credit", "reference"},
-    "library": {"checks", "config", "outputs", "reference", "fused", "chunked"},
-    "ops": {"checks", "config", "aggregation", "outputs", "credit", "metrics", "library"},
+    "vocab_parallel": {"config", "reference", "chunked"},
+    "linear_head": {"config", "reference", "vocab_parallel"},
+    "library": {"checks", "config", "outputs", "reference", "fused", "chunked", "vocab_parallel", "linear_head"},
+    "ops": {"checks", "config", "aggregation", "outputs", "credit", "metrics", "vocab_parallel", "library"},
 }
 BELOW_THE_TOP = set(LAYERS)
 
@@ -100,7 +102,11 @@ SIGNATURES = {
     "group_advantages": "rewards groups baseline k outcomes interpolation scale eps correction backend",
     "quantile_advantages": "rewards groups k outcomes interpolation scale eps correction backend",
     "policy_loss": "logits tokens advantages old_logprobs mask cu_seqlens ref_logprobs rollout_weights normalizer "
-    "config entropy inplace backend",
+    "config entropy process_group inplace backend",
+    "linear_policy_loss": "hidden weight tokens advantages bias logit_scale logit_softcap entropy process_group "
+    "old_logprobs mask cu_seqlens ref_logprobs rollout_weights normalizer config max_chunk_bytes backend",
+    "linear_token_logprobs": "hidden weight tokens temperature mask bias logit_scale logit_softcap process_group "
+    "backend",
     "qae_dapo_loss": "logits tokens rewards groups cu_seqlens mask old_logprobs k eps_low eps_high backend",
     "token_logprobs": "logits tokens temperature backend",
     "PolicyLossConfig": "objective ratio aggregation eps_low eps_high dual_clip kl_coef kl_estimator entropy_coef "
@@ -110,6 +116,8 @@ POSITIONAL = {
     "group_advantages": "rewards groups",
     "quantile_advantages": "rewards groups k",
     "policy_loss": "logits tokens advantages",
+    "linear_policy_loss": "hidden weight tokens advantages",
+    "linear_token_logprobs": "hidden weight tokens",
     "qae_dapo_loss": "logits tokens rewards groups",
     "token_logprobs": "logits tokens",
 }
@@ -117,6 +125,8 @@ DEFAULTS = {
     "group_advantages": {"k": 0.4, "outcomes": None, "scale": "std", "eps": 1e-6, "baseline": "quantile"},
     "quantile_advantages": {"k": 0.4, "interpolation": "inverted_cdf", "scale": "std", "eps": 1e-6, "correction": 1},
     "policy_loss": {"old_logprobs": None, "config": qae_kernels.PRESETS["dapo"], "inplace": False, "backend": "auto"},
+    "linear_policy_loss": {"bias": None, "logit_scale": 1.0, "logit_softcap": None, "process_group": None},
+    "linear_token_logprobs": {"temperature": 1.0},
     "qae_dapo_loss": {"k": 0.4, "eps_low": 0.2, "eps_high": 0.28},
     "token_logprobs": {"temperature": 1.0},
     "PolicyLossConfig": {"eps_low": 0.2, "eps_high": 0.28, "dual_clip": None, "kl_coef": 0.0, "kl_estimator": "k3",

@@ -10,8 +10,7 @@ import triton.language as tl
 
 from bench import peers, traffic
 from bench.traffic import count_as_on_gpu, count_launches
-from qae_kernels import PRESETS, token_logprobs
-from qae_kernels.fused.policy_loss import policy_loss_rows
+from qae_kernels import token_logprobs
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="bytes need Triton's interpreter")
 ROWS, VOCAB = 5, 20_000  # what is read once per row does not show
@@ -88,19 +87,6 @@ def test_without_credit(name):
     """80% of the rows: read once for their entropy, or not at all; written."""
     unread = "active" in name or "none" in name
     assert 2.8 <= bytes_per_logit(name, idle=4) <= (2.85 if unread else 4.45)
-
-
-def test_rows_that_need_not_be_written():
-    inputs = traffic.problem(ROWS, VOCAB, idle=4)
-    logits, weights = inputs.logits.detach(), torch.full(inputs.tokens.shape, 1 / ROWS)
-    dlogits = torch.full_like(logits, 7)
-    with count_launches() as counts:
-        policy_loss_rows(
-            logits, dlogits, inputs.tokens, weights, inputs.advantages[:, None].expand(5, ROWS // 5),
-            inputs.old_logprobs, None, None, PRESETS["dapo"], entropy="active", write_zeros=False,
-        )  # fmt: skip
-    assert (dlogits[:4] == 7).all() and (dlogits[4] != 7).all()
-    assert counts.bytes["triton_written"] <= 2 * VOCAB + 100 and counts.bytes["triton_read"] <= 4 * VOCAB + 300
 
 
 def test_launches_of_public_calls():

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ..config import PolicyLossConfig
-from ..reference.objectives import token_losses
-from .token_stats import chunks, put_rows, row_statistics, write_row_gradient
+from ..reference.objectives import has_credit, token_losses
+from .token_stats import chunks, new_gradient, row_statistics, write_row_gradient, write_zero_rows
+
+__all__ = ["new_gradient", "policy_loss_rows", "recording", "scale_gradient"]
 
 
 @contextmanager
@@ -25,11 +27,6 @@ def recording() -> Iterator[None]:
         excluded = excluded.remove(key)
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield
-
-
-def new_gradient(logits: Tensor) -> Tensor:
-    """Zeros: the rows without credit are then never touched."""
-    return logits.new_zeros(logits.shape)
 
 
 def policy_loss_rows(
@@ -43,10 +40,12 @@ def policy_loss_rows(
     rollout_weights: Tensor | None,
     config: PolicyLossConfig,
     entropy: str = "all",
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills dlogits (from `new_gradient`, or the logits themselves) unless None.
 
-    entropy: see `qae_kernels.policy_loss`. Returns (weighted loss of each row, logprobs, entropy), shape of tokens.
+    entropy: see `qae_kernels.policy_loss`. softcap: see `qae_kernels.linear_policy_loss`.
+    Returns (weighted loss of each row, logprobs, entropy), shape of tokens.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     vocab = logits.shape[-1]
@@ -58,7 +57,7 @@ def policy_loss_rows(
     old, ref, rollout = (None if x is None else x.reshape(-1) for x in (old_logprobs, ref_logprobs, rollout_weights))
 
     def one_chunk(rows: Tensor, write: bool) -> None:
-        stats = row_statistics(logits, rows, tokens[rows], config.temperature, with_entropy=entropy != "none")
+        stats = row_statistics(logits, rows, tokens[rows], config.temperature, softcap, entropy != "none")
         logprobs[rows], entropies[rows] = stats.logprobs, stats.entropy
         with recording():
             lp, ent = stats.logprobs.detach().requires_grad_(write), stats.entropy.detach().requires_grad_(write)
@@ -70,15 +69,12 @@ def policy_loss_rows(
         if write:
             write_row_gradient(dlogits, rows, tokens[rows], stats, dlogp, dentropy, config.temperature)
 
-    unmasked = weights != 0
-    credit = advantages if rollout is None else advantages * rollout
-    active = unmasked & (credit != 0) if config.skips_zero_credit else unmasked
+    active = has_credit(weights, advantages, rollout, config)
     if entropy == "all":
-        for rows in chunks((unmasked & ~active).nonzero()[:, 0], vocab, dtype):
+        for rows in chunks(((weights != 0) & ~active).nonzero()[:, 0], vocab, dtype):
             one_chunk(rows, write=False)
-    if dlogits is not None and dlogits.data_ptr() == logits.data_ptr():  # in place; a new gradient is born zero
-        for rows in chunks((~active).nonzero()[:, 0], vocab, dtype):
-            put_rows(dlogits, rows, 0)
+    if dlogits is not None:
+        write_zero_rows(dlogits, logits, (~active).nonzero()[:, 0])
     for rows in chunks(active.nonzero()[:, 0], vocab, dtype):
         one_chunk(rows, write=dlogits is not None)
     return losses, logprobs.view(shape), entropies.view(shape)

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 4 * 2**20  # of the scratch that one chunk of logits takes; two such live at a time, and fit a cache
+NATS = 1.0  # in one unit of the peak and the log of the sum that a row keeps
 LOWEST = -1e30  # stands for -inf where 0 * inf would be NaN
 
 
 @dataclass
 class RowStatistics:
-    """One chunk of n rows. `terms` [n, V]: exp(z - max z); `logits` [n, V]: z - max z, at least LOWEST."""
+    """One chunk of n rows. `terms` [n, V]: exp(z - peak); `logits` [n, V]: z - peak, at least LOWEST; the rest [n]."""
 
     logits: Tensor
     terms: Tensor
-    total: Tensor  # [n], sum of terms
+    peak: Tensor  # max z
+    log_sum: Tensor  # log of the sum of terms
     logprobs: Tensor
     entropy: Tensor
+    cap_slope: Tensor | None  # [n, V], derivative of the soft cap
 
 
 def _rows_index(x: Tensor, rows: Tensor) -> tuple[Tensor, slice | Tensor | tuple[Tensor, Tensor]]:
@@ -63,23 +66,46 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum(1) if len(x) > 1 else x.expand(2, -1).sum(1)[:1]
 
 
-def row_statistics(
-    logits: Tensor, rows: Tensor, tokens: Tensor, temperature: float, with_entropy: bool = True
-) -> RowStatistics:
-    """Statistics of the given rows; tokens [n] are those rows' tokens. The entropy is 0 where nobody wants it."""
+def scaled_logits(
+    logits: Tensor, rows: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """A copy [n, V] of the given rows, capped and divided by the temperature; the slope of the cap, if there is one."""
     z = take_rows(logits, rows, torch.promote_types(logits.dtype, torch.float32))
+    slope = None
+    if softcap is not None:
+        z.div_(softcap).tanh_()
+        slope = 1 - z * z
+        z.mul_(softcap)
     if temperature != 1:
         z.div_(temperature)
-    z.sub_(z.amax(1, keepdim=True))
-    target = z.gather(1, tokens[:, None].long())[:, 0]
+    return z, slope
+
+
+def row_statistics(
+    logits: Tensor, rows: Tensor, tokens: Tensor, temperature: float, softcap: float | None = None,
+    with_entropy: bool = True,
+) -> RowStatistics:  # fmt: skip
+    """Statistics of the given rows; tokens [n] are those rows' tokens, NaN where one is outside of the vocabulary. The
+    entropy is 0 where nobody wants it."""
+    z, cap_slope = scaled_logits(logits, rows, temperature, softcap)
+    peak = z.amax(1).clamp(min=LOWEST)
+    z.sub_(peak[:, None])
+    target = at_tokens(z, tokens)
     z.clamp_(min=LOWEST)
     terms = z.exp()
     total = _sum(terms)
+    log_sum = total.log()
     if with_entropy:
-        entropy = total.log() - _sum(terms * z) / total  # not vecdot: autocast would round it to bfloat16
+        entropy = log_sum - _sum(terms * z) / total  # not vecdot: autocast would round it to bfloat16
     else:
         entropy = torch.zeros_like(total)
-    return RowStatistics(z, terms, total, target - total.log(), entropy)
+    return RowStatistics(z, terms, peak, log_sum, target - log_sum, entropy, cap_slope)
+
+
+def at_tokens(x: Tensor, tokens: Tensor) -> Tensor:
+    """[n]: x [n, V] at each row's token; NaN where that is outside of the vocabulary."""
+    known = (tokens >= 0) & (tokens < x.shape[1])
+    return torch.where(known, x.gather(1, torch.where(known, tokens, 0)[:, None].long())[:, 0], torch.nan)
 
 
 def write_row_gradient(
@@ -87,41 +113,61 @@ def write_row_gradient(
     temperature: float,
 ) -> None:  # fmt: skip
     """Writes the gradient of the given rows into dlogits; overwrites the scratch in `stats`."""
-    share = 1 / (stats.total * temperature)
+    share = (-stats.log_sum).exp() / temperature
     constant = -share * dlogp
     if dentropy is None:
         dx = stats.terms.mul_(constant[:, None])
     else:
-        constant -= share * dentropy * (stats.entropy - stats.total.log())
+        constant -= share * dentropy * (stats.entropy - stats.log_sum)
         slope = -share * dentropy
         dx = stats.logits.mul_(slope[:, None]).add_(constant[:, None]).mul_(stats.terms)
-    at_token = torch.where(stats.logprobs == -torch.inf, 0, dlogp / temperature)
-    dx.scatter_add_(1, tokens[:, None].long(), at_token[:, None])
+    known = (tokens >= 0) & (tokens < dx.shape[1]) & (stats.logprobs != -torch.inf)
+    at_token = torch.where(known, dlogp / temperature, 0)
+    dx.scatter_add_(1, torch.where(known, tokens, 0)[:, None].long(), at_token[:, None])
+    if stats.cap_slope is not None:
+        dx.mul_(stats.cap_slope)
     put_rows(dlogits, rows, dx)
 
 
+def new_gradient(logits: Tensor) -> Tensor:
+    """Zeros: the rows without credit are then never touched."""
+    return logits.new_zeros(logits.shape)
+
+
+def write_zero_rows(dlogits: Tensor, logits: Tensor, rows: Tensor) -> None:
+    """Zeros in the given rows of a gradient that is written over the logits; a new one is born zero."""
+    if dlogits.data_ptr() == logits.data_ptr():
+        for some in chunks(rows, logits.shape[-1], logits.dtype):
+            put_rows(dlogits, some, 0)
+
+
 def token_logprobs_rows(
-    logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float
+    logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, entropy), shape of tokens, and two empty tensors where the other path keeps numbers per row."""
+    """Returns (logprobs, entropy, peak, log_sum), shape of tokens; 0 in masked rows."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    logprobs = torch.zeros(tokens.shape, dtype=dtype, device=logits.device)
-    entropy = torch.zeros_like(logprobs)
+    results = torch.zeros(4, *tokens.shape, dtype=dtype, device=logits.device)
     for rows in chunks(mask.reshape(-1).nonzero()[:, 0], logits.shape[-1], dtype):
-        stats = row_statistics(logits, rows, tokens.reshape(-1)[rows], temperature)
-        logprobs.view(-1)[rows], entropy.view(-1)[rows] = stats.logprobs, stats.entropy
-    return logprobs, entropy, logprobs.new_empty(0), logprobs.new_empty(0)
+        stats = row_statistics(logits, rows, tokens.reshape(-1)[rows], temperature, softcap)
+        results.view(4, -1)[:, rows] = torch.stack([stats.logprobs, stats.entropy, stats.peak, stats.log_sum])
+    return tuple(x.clone() for x in results)
 
 
 def token_logprobs_gradient(
-    logits: Tensor, tokens: Tensor, mask: Tensor, peak: Tensor, log2_sum: Tensor, entropy: Tensor, dlogprobs: Tensor,
-    dentropy: Tensor, temperature: float,
-) -> Tensor:  # fmt: skip
-    """Gradient of the logits from those of logprobs and entropy; the statistics are computed again, by chunk."""
-    dlogprobs, dentropy, tokens = dlogprobs.reshape(-1), dentropy.reshape(-1), tokens.reshape(-1)
-    dlogits = logits.new_zeros(logits.shape)
+    logits: Tensor, dlogits: Tensor, tokens: Tensor, mask: Tensor, peak: Tensor, log_sum: Tensor, entropy: Tensor,
+    dlogprobs: Tensor, dentropy: Tensor, temperature: float, softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Fills dlogits (from `new_gradient`, or the logits themselves) from what `token_logprobs_rows` returned and the
+    gradients of its first two results."""
+    tokens, peak, log_sum, entropy, dlogprobs, dentropy = (
+        x.reshape(-1) for x in (tokens, peak, log_sum, entropy, dlogprobs, dentropy)
+    )
     wanted = mask.reshape(-1) & ((dlogprobs != 0) | (dentropy != 0))
+    write_zero_rows(dlogits, logits, (~wanted).nonzero()[:, 0])
     for rows in chunks(wanted.nonzero()[:, 0], logits.shape[-1], dlogprobs.dtype):
-        stats = row_statistics(logits, rows, tokens[rows], temperature)
+        z, cap_slope = scaled_logits(logits, rows, temperature, softcap)
+        z.sub_(peak[rows, None])
+        logprobs = at_tokens(z, tokens[rows]) - log_sum[rows]
+        z.clamp_(min=LOWEST)
+        stats = RowStatistics(z, z.exp(), peak[rows], log_sum[rows], logprobs, entropy[rows], cap_slope)
         write_row_gradient(dlogits, rows, tokens[rows], stats, dlogprobs[rows], dentropy[rows], temperature)
-    return dlogits

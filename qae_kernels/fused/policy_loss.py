@@ -19,18 +19,21 @@ import triton.language as tl
 from ..config import PolicyLossConfig
 from . import objectives
 from .token_stats import (
-    LOG2E,
     as_rows,
     is_aligned,
     launch_config,
+    new_gradient,
     num_warps,
     row_start,
     row_statistics,
+    softmax_factors,
     target_logit,
     target_logprob,
     write_row_gradient,
     write_zero_row,
 )
+
+__all__ = ["new_gradient", "policy_loss_rows", "scale_gradient"]
 
 
 @triton.jit(
@@ -39,9 +42,9 @@ from .token_stats import (
 def policy_loss_kernel(
     x_ptr, stride_x_b, stride_x_t, dx_ptr, stride_dx_b, stride_dx_t, tokens_ptr, weights_ptr,
     advantages_ptr, stride_a_b, stride_a_t, old_ptr, ref_ptr, rollout_ptr, loss_ptr, logprobs_ptr, entropy_ptr,
-    T, scale, inv_temperature, kl_coef, entropy_coef, hyper,
-    OBJECTIVE: tl.constexpr, KL: tl.constexpr, READ_IDLE: tl.constexpr, ENTROPY: tl.constexpr,
-    WRITE_ZEROS: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    T, scale, inv_temperature, inv_cap, kl_coef, entropy_coef, hyper,
+    OBJECTIVE: tl.constexpr, KL: tl.constexpr, READ_IDLE: tl.constexpr, ENTROPY: tl.constexpr, CAPPED: tl.constexpr,
+    V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
@@ -58,8 +61,8 @@ def policy_loss_kernel(
     if is_read:
         x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
         token = tl.load(tokens_ptr + row)
-        target = target_logit(x_row, token, V)
-        peak, log2_sum, entropy = row_statistics(x_row, scale, ENTROPY, V, ALIGNED, BLOCK, THREADS)
+        target = target_logit(x_row, token, inv_cap, CAPPED, V)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, inv_cap, ENTROPY, CAPPED, V, ALIGNED, BLOCK, THREADS)
         logprob = target_logprob(target, peak, log2_sum, scale)
         tl.store(logprobs_ptr + row, logprob)
         tl.store(entropy_ptr + row, entropy)
@@ -81,16 +84,16 @@ def policy_loss_kernel(
         if dx_ptr is not None:
             if (dlogp != 0) | (entropy_coef != 0):
                 write_row_gradient(x_row, dx_row, token, target, peak, log2_sum, entropy, weight * dlogp,
-                                   -weight * entropy_coef, scale, inv_temperature, V, BLOCK)  # fmt: skip
-            elif WRITE_ZEROS | (credit != 0) | (kl_coef != 0):
+                                   -weight * entropy_coef, scale, inv_temperature, inv_cap,
+                                   CAPPED, V, BLOCK)  # fmt: skip
+            else:
                 write_zero_row(dx_row, V, BLOCK)
     else:
         tl.store(loss_ptr + row, 0.0)
         tl.store(logprobs_ptr + row, 0.0)
         tl.store(entropy_ptr + row, 0.0)
         if dx_ptr is not None:
-            if WRITE_ZEROS:
-                write_zero_row(dx_row, V, BLOCK)
+            write_zero_row(dx_row, V, BLOCK)
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_t", "T"])
@@ -108,11 +111,6 @@ def scale_kernel(
             tl.store(dx_row + start + offs, (dx * factor).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def new_gradient(logits: torch.Tensor) -> torch.Tensor:
-    """Not filled: the kernel writes every element (unless it is told not to, see `policy_loss_rows`)."""
-    return logits.new_empty(logits.shape)
-
-
 def policy_loss_rows(
     logits: torch.Tensor,
     dlogits: torch.Tensor | None,
@@ -124,12 +122,12 @@ def policy_loss_rows(
     rollout_weights: torch.Tensor | None,
     config: PolicyLossConfig,
     entropy: str = "all",
-    write_zeros: bool = True,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launches the kernel once; fills dlogits (from `new_gradient`, or the logits themselves) unless None.
 
-    entropy: see `qae_kernels.policy_loss`. write_zeros=False leaves the rows of dlogits that carry no credit as they
-    are, for a caller who does not look at them.
+    entropy: see `qae_kernels.policy_loss`. softcap: see `qae_kernels.linear_policy_loss`. dlogits may have another
+    dtype than the logits.
 
     Returns (weighted loss of each row, logprobs, entropy), f32, shape of tokens.
     """
@@ -149,16 +147,18 @@ def policy_loss_rows(
         dx, dstride_b, dstride_t, _ = as_rows(dlogits)
     stride_a = (0, advantages.stride(0)) if advantages.dim() == 1 else advantages.stride()
     dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
+    scale, inv_temperature, inv_cap = softmax_factors(config.temperature, softcap)
+    aligned = is_aligned(vocab, x.dtype) if dx is None else is_aligned(vocab, x.dtype, dx.dtype)
     block, threads = launch_config(vocab, x.dtype)
     with torch.cuda.device_of(x):
         policy_loss_kernel[(tokens.numel(),)](
             x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, weights,
             advantages, *stride_a, old_logprobs, ref_logprobs, rollout_weights, *outputs,
-            T, LOG2E / config.temperature, 1 / config.temperature, float(config.kl_coef), float(config.entropy_coef),
+            T, scale, inv_temperature, inv_cap, float(config.kl_coef), float(config.entropy_coef),
             (float(config.eps_low), float(config.eps_high), float(dual_clip)),
             OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
-            READ_IDLE=entropy == "all", ENTROPY=entropy != "none", WRITE_ZEROS=write_zeros,
-            V=vocab, ALIGNED=is_aligned(vocab, x.dtype), BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
+            READ_IDLE=entropy == "all", ENTROPY=entropy != "none", CAPPED=softcap is not None,
+            V=vocab, ALIGNED=aligned, BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
         )  # fmt: skip
     if dx is not dlogits:
         dlogits.copy_(dx)

@@ -4,6 +4,8 @@
     logprob = z_t - log sum exp(z)   entropy H = -sum p log p
     dx_j = [dlogp (1[j = t] - p_j) - dentropy p_j (log p_j + H)] / temperature
 
+With a soft cap c (Gemma 2, arXiv 2408.00118) c tanh(x / c) stands for x, and dx_j has the factor 1 - tanh(x_j / c)^2.
+
 Exponentials are base 2, with log2(e) and 1/temperature folded into one factor `scale`, so one fused multiply-add and
 one EX2 make a term. Everything is relative to `peak`, the rounded product of the row maximum and `scale`; because the
 same rounded number is subtracted everywhere, large common offsets (to 1e9) cost no accuracy. A tile is read as a line
@@ -12,7 +14,7 @@ element in unaligned rows), reduces them without leaving itself, rescales its ru
 threads meet once, at the end of the row.
 
 x, dx: [B, T, V] with any strides of B and T and stride 1 in V (flat [N, V]: B = 1, T = N). Row r is (r // T, r % T).
-Per-row vectors [N] are contiguous. Backward keeps per row: peak, log2_sum (f32) and the entropy.
+Per-row vectors [N] are contiguous. Backward keeps per row: peak, log2_sum (f32, in units of `NATS`) and the entropy.
 """
 
 import math
@@ -22,6 +24,7 @@ import triton
 import triton.language as tl
 
 LOG2E = math.log2(math.e)
+NATS = math.log(2)  # in one unit of the peak and the log of the sum that a row keeps
 LN2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where -inf - -inf or 0 * inf would be NaN
 
@@ -36,6 +39,15 @@ def row_start(ptr, row, stride_b, stride_t, T, ALIGNED: tl.constexpr):
     if ALIGNED:
         offset = tl.multiple_of(offset, 128 // ptr.dtype.element_ty.primitive_bitwidth)
     return ptr + offset
+
+
+@triton.jit
+def soft_cap(x, inv_cap, CAPPED: tl.constexpr):
+    """tanh(x / cap); the cap itself is in `scale`. x where there is none."""
+    if CAPPED:
+        return 1 - 2 / (1 + tl.exp(2 * x * inv_cap))
+    else:
+        return x
 
 
 @triton.jit
@@ -56,8 +68,8 @@ def _accumulate(x, peak, total, weighted, scale, ENTROPY: tl.constexpr, CLAMP: t
 
 
 @triton.jit
-def _row_sums(x_ptr, scale, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
-              BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+def _row_sums(x_ptr, scale, inv_cap, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, CAPPED: tl.constexpr,
+              V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """The state of a whole row: (peak, total, weighted). Without CLAMP an infinite logit makes weighted NaN."""
     WIDTH: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     TILE: tl.constexpr = (BLOCK // THREADS // WIDTH, THREADS, WIDTH)
@@ -67,10 +79,13 @@ def _row_sums(x_ptr, scale, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, V: tl.co
     total = tl.zeros([THREADS], tl.float32)
     weighted = tl.zeros([THREADS], tl.float32)
     for start in range(0, MAIN, BLOCK):
-        x = tl.reshape(tl.load(x_ptr + start + offs), TILE).to(tl.float32)
+        x = soft_cap(tl.reshape(tl.load(x_ptr + start + offs), TILE).to(tl.float32), inv_cap, CAPPED)
         peak, total, weighted = _accumulate(x, peak, total, weighted, scale, ENTROPY, CLAMP)
     if MAIN < V:
-        x = tl.load(x_ptr + MAIN + offs, mask=MAIN + offs < V, other=float("-inf"))
+        inside = MAIN + offs < V
+        x = tl.load(x_ptr + MAIN + offs, mask=inside, other=float("-inf"))
+        if CAPPED:
+            x = tl.where(inside, soft_cap(x.to(tl.float32), inv_cap, CAPPED), float("-inf"))
         x = tl.reshape(x, TILE).to(tl.float32)
         peak, total, weighted = _accumulate(x, peak, total, weighted, scale, ENTROPY, True)
     row_peak = tl.max(peak, 0)
@@ -80,17 +95,17 @@ def _row_sums(x_ptr, scale, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, V: tl.co
 
 
 @triton.jit
-def row_statistics(x_ptr, scale, ENTROPY: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-                   THREADS: tl.constexpr):  # fmt: skip
+def row_statistics(x_ptr, scale, inv_cap, ENTROPY: tl.constexpr, CAPPED: tl.constexpr, V: tl.constexpr,
+                   ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """Returns peak, log2_sum and the entropy in nats (0 without ENTROPY): log2 sum 2^(x scale) = peak + log2_sum.
 
     A clamp per element would make -inf logits harmless (0 * -inf is NaN) at the price of one instruction in nine. Rows
     that hold such logits are rare: they show by their NaN, and are read once more with the clamp.
     """
-    peak, total, weighted = _row_sums(x_ptr, scale, ENTROPY, False, V, ALIGNED, BLOCK, THREADS)
+    peak, total, weighted = _row_sums(x_ptr, scale, inv_cap, ENTROPY, False, CAPPED, V, ALIGNED, BLOCK, THREADS)
     if ENTROPY:
         if weighted != weighted:
-            peak, total, weighted = _row_sums(x_ptr, scale, ENTROPY, True, V, ALIGNED, BLOCK, THREADS)
+            peak, total, weighted = _row_sums(x_ptr, scale, inv_cap, ENTROPY, True, CAPPED, V, ALIGNED, BLOCK, THREADS)
     log2_sum = tl.log2(total)
     entropy = tl.zeros([], tl.float32)
     if ENTROPY:
@@ -99,9 +114,10 @@ def row_statistics(x_ptr, scale, ENTROPY: tl.constexpr, V: tl.constexpr, ALIGNED
 
 
 @triton.jit
-def target_logit(x_ptr, token, V: tl.constexpr):
+def target_logit(x_ptr, token, inv_cap, CAPPED: tl.constexpr, V: tl.constexpr):
     """The sampled token's logit; NaN for an id outside the vocabulary, so that a bad id is loud and reads nothing."""
-    return tl.load(x_ptr + token, mask=(token >= 0) & (token < V), other=float("nan")).to(tl.float32)
+    x = tl.load(x_ptr + token, mask=(token >= 0) & (token < V), other=float("nan")).to(tl.float32)
+    return soft_cap(x, inv_cap, CAPPED)
 
 
 @triton.jit
@@ -110,37 +126,41 @@ def target_logprob(target, peak, log2_sum, scale):
 
 
 @triton.jit
-def _softmax_part(x, constant, slope, peak, scale, SLOPE: tl.constexpr):
-    """2^u (constant + slope u), u = x scale - peak."""
+def _softmax_part(x, constant, slope, peak, scale, inv_cap, SLOPE: tl.constexpr, CAPPED: tl.constexpr):
+    """2^u (constant + slope u), u = x scale - peak; of capped logits times the slope of the cap."""
+    x = soft_cap(x, inv_cap, CAPPED)
     u = tl.fma(x, scale, -peak)
     if SLOPE:
         u = tl.maximum(u, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-        return tl.exp2(u) * tl.fma(u, slope, constant)
+        dx = tl.exp2(u) * tl.fma(u, slope, constant)
     else:
-        return tl.exp2(u) * constant
+        dx = tl.exp2(u) * constant
+    if CAPPED:
+        dx *= 1 - x * x
+    return dx
 
 
 @triton.jit
-def _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, SLOPE: tl.constexpr, V: tl.constexpr,
-                        BLOCK: tl.constexpr):  # fmt: skip
+def _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, inv_cap, SLOPE: tl.constexpr,
+                        CAPPED: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """From the end of the row to its beginning: what was read last is the likeliest to be in the cache still."""
     MAIN: tl.constexpr = V // BLOCK * BLOCK
     offs = tl.arange(0, BLOCK)
     if MAIN < V:
         inside = MAIN + offs < V
         x = tl.load(x_ptr + MAIN + offs, mask=inside, other=0.0).to(tl.float32)
-        dx = _softmax_part(x, constant, slope, peak, scale, SLOPE)
+        dx = _softmax_part(x, constant, slope, peak, scale, inv_cap, SLOPE, CAPPED)
         tl.store(dx_ptr + MAIN + offs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     for done in range(0, MAIN, BLOCK):
         start = MAIN - BLOCK - done
         x = tl.load(x_ptr + start + offs).to(tl.float32)
-        dx = _softmax_part(x, constant, slope, peak, scale, SLOPE)
+        dx = _softmax_part(x, constant, slope, peak, scale, inv_cap, SLOPE, CAPPED)
         tl.store(dx_ptr + start + offs, dx.to(dx_ptr.dtype.element_ty))
 
 
 @triton.jit
 def write_row_gradient(x_ptr, dx_ptr, token, target, peak, log2_sum, entropy, dlogp, dentropy, scale, inv_temperature,
-                       V: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                       inv_cap, CAPPED: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Writes dx of one row; dx may be x. In log2 units both terms are linear in u:
     dx_j = 2^(u_j) (constant + slope u_j), plus dlogp / temperature at the token."""
     share = tl.exp2(-log2_sum) * inv_temperature  # 2^(u_j) share = p_j / temperature
@@ -148,12 +168,14 @@ def write_row_gradient(x_ptr, dx_ptr, token, target, peak, log2_sum, entropy, dl
     slope = -share * dentropy * LN2
     tl.debug_barrier()  # every thread has read the target before any overwrites it
     if dentropy == 0:
-        _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, False, V, BLOCK)
+        _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, inv_cap, False, CAPPED, V, BLOCK)
     else:
-        _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, True, V, BLOCK)
+        _write_softmax_part(x_ptr, dx_ptr, constant, slope, peak, scale, inv_cap, True, CAPPED, V, BLOCK)
     tl.debug_barrier()  # the element of the token is mended after its thread has written it
     u = tl.maximum(tl.fma(target, scale, -peak), LOWEST)
     dx = tl.exp2(u) * (constant + slope * u) + dlogp * inv_temperature
+    if CAPPED:
+        dx *= 1 - target * target
     dx = tl.where(target == float("-inf"), 0.0, dx)
     tl.store(dx_ptr + token, dx.to(dx_ptr.dtype.element_ty), mask=(token >= 0) & (token < V))
 
@@ -172,7 +194,8 @@ def write_zero_row(dx_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_x_b", "stride_x_t", "T"])
 def token_logprobs_kernel(
     x_ptr, stride_x_b, stride_x_t, tokens_ptr, mask_ptr, logprobs_ptr, entropy_ptr, peak_ptr, log2_sum_ptr,
-    T, scale, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    T, scale, inv_cap, CAPPED: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if tl.load(mask_ptr + row) == 0:
@@ -180,8 +203,8 @@ def token_logprobs_kernel(
         tl.store(entropy_ptr + row, 0.0)
     else:
         x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
-        target = target_logit(x_row, tl.load(tokens_ptr + row), V)
-        peak, log2_sum, entropy = row_statistics(x_row, scale, True, V, ALIGNED, BLOCK, THREADS)
+        target = target_logit(x_row, tl.load(tokens_ptr + row), inv_cap, CAPPED, V)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, inv_cap, True, CAPPED, V, ALIGNED, BLOCK, THREADS)
         tl.store(logprobs_ptr + row, target_logprob(target, peak, log2_sum, scale))
         tl.store(entropy_ptr + row, entropy)
         tl.store(peak_ptr + row, peak)
@@ -191,8 +214,8 @@ def token_logprobs_kernel(
 @triton.jit(do_not_specialize=["stride_x_b", "stride_x_t", "stride_dx_b", "stride_dx_t", "T"])
 def token_logprobs_backward_kernel(
     x_ptr, stride_x_b, stride_x_t, dx_ptr, stride_dx_b, stride_dx_t, tokens_ptr, mask_ptr, peak_ptr, log2_sum_ptr,
-    entropy_ptr, dlogprobs_ptr, dentropy_ptr, T, scale, inv_temperature,
-    V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    entropy_ptr, dlogprobs_ptr, dentropy_ptr, T, scale, inv_temperature, inv_cap,
+    CAPPED: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T, ALIGNED)
@@ -203,9 +226,10 @@ def token_logprobs_backward_kernel(
     else:
         x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
         token = tl.load(tokens_ptr + row)
-        target = target_logit(x_row, token, V)
+        target = target_logit(x_row, token, inv_cap, CAPPED, V)
         write_row_gradient(x_row, dx_row, token, target, tl.load(peak_ptr + row), tl.load(log2_sum_ptr + row),
-                           tl.load(entropy_ptr + row), dlogp, dentropy, scale, inv_temperature, V, BLOCK)  # fmt: skip
+                           tl.load(entropy_ptr + row), dlogp, dentropy, scale, inv_temperature, inv_cap,
+                           CAPPED, V, BLOCK)  # fmt: skip
 
 
 def launch_config(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -229,9 +253,14 @@ def warp_size() -> int:
     return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
 
 
-def is_aligned(vocab: int, dtype: torch.dtype) -> bool:
+def is_aligned(vocab: int, *dtypes: torch.dtype) -> bool:
     """Whether every row of a contiguous [N, V] starts at a multiple of 16 bytes; then loads are 128 bits wide."""
-    return vocab * dtype.itemsize % 16 == 0
+    return all(vocab * dtype.itemsize % 16 == 0 for dtype in dtypes)
+
+
+def new_gradient(logits: torch.Tensor) -> torch.Tensor:
+    """Not filled: the kernels write every element."""
+    return logits.new_empty(logits.shape)
 
 
 def is_addressable(x: torch.Tensor) -> bool:
@@ -251,39 +280,51 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     return x, x.stride(0), x.stride(1), max(1, x.shape[1])
 
 
+def softmax_factors(temperature: float, softcap: float | None) -> tuple[float, float, float]:
+    """(scale, inv_temperature, inv_cap) that the kernels want."""
+    if softcap is None:
+        return LOG2E / temperature, 1 / temperature, 0.0
+    return softcap * LOG2E / temperature, 1 / temperature, 1 / softcap
+
+
 def token_logprobs_rows(
-    logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, temperature: float
+    logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, temperature: float, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (logprobs, entropy, peak, log2_sum), f32, shape of tokens; the last two are not set in masked rows."""
     x, stride_b, stride_t, T = as_rows(logits)
     vocab = x.shape[-1]
     outputs = tuple(torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(4))
+    scale, _, inv_cap = softmax_factors(temperature, softcap)
     block, threads = launch_config(vocab, x.dtype)
     if tokens.numel():
         with torch.cuda.device_of(x):
             token_logprobs_kernel[(tokens.numel(),)](
-                x, stride_b, stride_t, tokens.contiguous(), mask.contiguous(), *outputs,
-                T, LOG2E / temperature, V=vocab, ALIGNED=is_aligned(vocab, x.dtype), BLOCK=block, THREADS=threads,
+                x, stride_b, stride_t, tokens.contiguous(), mask.contiguous(), *outputs, T, scale, inv_cap,
+                CAPPED=softcap is not None, V=vocab, ALIGNED=is_aligned(vocab, x.dtype), BLOCK=block, THREADS=threads,
                 num_warps=num_warps(threads),
             )  # fmt: skip
     return outputs
 
 
 def token_logprobs_gradient(
-    logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, peak: torch.Tensor, log2_sum: torch.Tensor,
-    entropy: torch.Tensor, dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: float,
-) -> torch.Tensor:  # fmt: skip
-    """Gradient of the logits, from what `token_logprobs_rows` returned and the gradients of its first two results."""
+    logits: torch.Tensor, dlogits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, peak: torch.Tensor,
+    log2_sum: torch.Tensor, entropy: torch.Tensor, dlogprobs: torch.Tensor, dentropy: torch.Tensor, temperature: float,
+    softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Fills dlogits (from `new_gradient`, or the logits themselves) from what `token_logprobs_rows` returned and the
+    gradients of its first two results."""
     x, stride_b, stride_t, T = as_rows(logits)
     vocab = x.shape[-1]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _, dstride_b, dstride_t, _ = as_rows(dx)
+    dx, dstride_b, dstride_t = (x, stride_b, stride_t) if dlogits is logits else as_rows(dlogits)[:3]
     per_row = (v.contiguous() for v in (tokens, mask, peak, log2_sum, entropy, dlogprobs, dentropy))
+    scale, inv_temperature, inv_cap = softmax_factors(temperature, softcap)
     block, threads = launch_config(vocab, x.dtype)
     if tokens.numel():
         with torch.cuda.device_of(x):
             token_logprobs_backward_kernel[(tokens.numel(),)](
-                x, stride_b, stride_t, dx, dstride_b, dstride_t, *per_row, T, LOG2E / temperature,
-                1 / temperature, V=vocab, ALIGNED=is_aligned(vocab, x.dtype), BLOCK=block, num_warps=num_warps(threads),
+                x, stride_b, stride_t, dx, dstride_b, dstride_t, *per_row, T, scale, inv_temperature, inv_cap,
+                CAPPED=softcap is not None, V=vocab, ALIGNED=is_aligned(vocab, x.dtype, dx.dtype), BLOCK=block,
+                num_warps=num_warps(threads),
             )  # fmt: skip
-    return dx
+    if dx is not dlogits:
+        dlogits.copy_(dx)

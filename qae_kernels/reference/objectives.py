@@ -53,6 +53,15 @@ def hyper_parameters(config: PolicyLossConfig) -> tuple[float, ...]:
     return config.eps_low, config.eps_high, math.inf if config.dual_clip is None else config.dual_clip
 
 
+def has_credit(weights: Tensor, advantages: Tensor, rollout_weights: Tensor | None, config: PolicyLossConfig) -> Tensor:
+    """bool: the tokens that can have a gradient. weights: 0 or False on masked tokens."""
+    unmasked = weights != 0
+    if not config.skips_zero_credit:
+        return unmasked
+    credit = advantages if rollout_weights is None else advantages * rollout_weights
+    return unmasked & (credit != 0)
+
+
 def token_losses(
     logprobs: Tensor,
     entropy: Tensor,

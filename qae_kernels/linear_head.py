@@ -1,0 +1,198 @@
+"""Losses and log-probabilities from hidden states and the weight of the head, without ever holding [N, V] logits.
+
+    logits = cap tanh(scale (hidden @ weight.T + bias) / cap)          [n, V], a chunk of rows at a time, float32
+
+The rows that are wanted are gathered. For each chunk of them one matrix product forms the logits, the row kernels of a
+path (`fused/` or `chunked/`) turn them into statistics and gradient, and two more products take that gradient to the
+hidden states and the weight: three where a backward that forms the logits again needs four. The products read what the
+user stored (bfloat16, say) and sum in float32; the logits are never rounded to bfloat16, the weight gradient is summed
+over the chunks in float32.
+
+hidden [N, D], weight [V, D], bias [V]; everything per row [N].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import PolicyLossConfig
+from .reference.objectives import has_credit
+from .vocab_parallel import VocabParallel
+
+Path = ModuleType | VocabParallel
+
+MAX_CHUNK_BYTES = {"cuda": 7 * 2**28, "cpu": 2**28}  # of the [rows, V] scratch; at V = 151,936 about 2,000 and 440 rows
+ROW_MULTIPLE = 128  # of a chunk, as the tiles of a matrix product like it
+
+
+@dataclass
+class LinearHead:
+    """operand: dtype that the matrix products read. wanted: whether hidden, weight and bias want a gradient.
+    group: the ranks that share the vocabulary, each with a slice of weight and bias."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    operand: torch.dtype
+    wanted: tuple[bool, bool, bool] = (False, False, False)
+    max_chunk_bytes: int | None = None
+    group: dist.ProcessGroup | None = None
+    dhidden: Tensor | None = field(init=False, default=None)
+    dweight: Tensor | None = field(init=False, default=None)
+    dbias: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        self.dtype = torch.promote_types(self.operand, torch.float32)
+        self.operand_weight = self.weight.to(self.operand)
+        if self.wanted[0]:
+            self.dhidden = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
+
+    def chunks(self, rows: Tensor, with_gradient: bool) -> Iterator[Chunk]:
+        """The given rows [n] in chunks of nearly the same size, with their logits [m, V]."""
+        vocab = self.weight.shape[0]
+        in_place = not with_gradient or self.operand == self.dtype
+        per_row = vocab * (self.dtype.itemsize + (0 if in_place else self.operand.itemsize))
+        budget = MAX_CHUNK_BYTES[self.hidden.device.type] if self.max_chunk_bytes is None else self.max_chunk_bytes
+        size = chunk_rows(len(rows), budget // per_row)
+        logits = self.hidden.new_empty(size, vocab, dtype=self.dtype)
+        dlogits = logits if in_place else logits.new_empty(size, vocab, dtype=self.operand)
+        for some in rows.split(size) if len(rows) else ():
+            hidden, n = self.hidden[some].to(self.operand), len(some)
+            product(logits[:n], hidden, self.operand_weight.t())
+            if self.bias is not None:
+                logits[:n].add_(self.bias)
+            yield Chunk(self, some, hidden, logits[:n], dlogits[:n] if with_gradient else None)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of hidden, weight and bias, each in its dtype; [0] where nobody wants it, zeros where no row had credit."""
+
+        def finished(x: Tensor | None, gradient: Tensor | None, wanted: bool) -> Tensor:
+            if not wanted:
+                return self.hidden.new_empty(0)
+            return (
+                torch.zeros_like(x, memory_format=torch.contiguous_format) if gradient is None else gradient.to(x.dtype)
+            )
+
+        given = ((self.hidden, self.dhidden), (self.weight, self.dweight), (self.bias, self.dbias))
+        return tuple(finished(x, g, wanted) for (x, g), wanted in zip(given, self.wanted, strict=True))
+
+
+@dataclass
+class Chunk:
+    """dlogits [m, V]: None if not wanted, the logits' own memory where the dtypes allow it; to be filled, and then
+    `backward` to be called."""
+
+    head: LinearHead
+    rows: Tensor
+    hidden: Tensor
+    logits: Tensor
+    dlogits: Tensor | None
+
+    def backward(self) -> None:
+        """Adds what dlogits is worth to the gradients of the head."""
+        head = self.head
+        if self.dlogits is None:
+            return
+        wants_hidden, wants_weight, wants_bias = head.wanted
+        if wants_hidden:
+            dhidden = torch.empty(self.hidden.shape, dtype=head.dtype, device=self.hidden.device)
+            product(dhidden, self.dlogits, head.operand_weight)
+            if head.group is not None:  # each rank's slice of the vocabulary pulls at the same hidden states
+                dist.all_reduce(dhidden, group=head.group)
+            head.dhidden.index_copy_(0, self.rows, dhidden.to(head.dhidden.dtype))
+        if wants_weight:
+            first = head.dweight is None
+            if first:
+                head.dweight = torch.empty(head.weight.shape, dtype=head.dtype, device=self.hidden.device)
+            product(head.dweight, self.dlogits.t(), self.hidden, add=not first)
+        if wants_bias:
+            dbias = self.dlogits.sum(0, dtype=head.dtype)
+            head.dbias = dbias if head.dbias is None else head.dbias.add_(dbias)
+
+
+def chunk_rows(rows: int, most: int) -> int:
+    """Rows per chunk: as few chunks as `most` rows in each allow, of nearly the same size."""
+    most = max(1, most // ROW_MULTIPLE * ROW_MULTIPLE or most)
+    count = max(1, -(-rows // most))
+    size = -(-rows // count)
+    return max(1, min(most, -(-size // ROW_MULTIPLE) * ROW_MULTIPLE, rows))
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """out = a @ b, or out += a @ b: operands of one dtype, float32 sums and a float32 (or float64) result."""
+    beta = 1 if add else 0  # with 0 what was in `out` is not read
+    if a.dtype == out.dtype:
+        out.addmm_(a, b, beta=beta)
+    elif a.device.type == "cuda":
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    else:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
+
+
+def policy_loss_rows(
+    path: Path, head: LinearHead, tokens: Tensor, weights: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None, rollout_weights: Tensor | None, config: PolicyLossConfig, entropy: str,
+    logit_scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns (weighted loss of each row, logprobs, entropy) [N], and fills the gradients of the head.
+
+    Rows without credit have no part in a gradient: they are not multiplied by the weight, or, where entropy is "all",
+    only for their entropy.
+    """
+    temperature, softcap = before_scaling(config.temperature, logit_scale, softcap)
+    config = replace(config, temperature=temperature)
+    active = has_credit(weights, advantages, rollout_weights, config)
+    idle = (weights != 0) & ~active if entropy == "all" else torch.zeros_like(active)
+    results = torch.zeros(3, len(tokens), dtype=head.dtype, device=tokens.device)
+    for wanted, with_gradient in ((active, any(head.wanted)), (idle, False)):
+        for chunk in head.chunks(wanted.nonzero()[:, 0], with_gradient):
+            rows = chunk.rows
+            optional = (None if x is None else x[rows] for x in (old_logprobs, ref_logprobs, rollout_weights))
+            results[:, rows] = torch.stack(
+                path.policy_loss_rows(
+                    chunk.logits, chunk.dlogits, tokens[rows], weights[rows], advantages[rows], *optional, config,
+                    entropy, softcap,
+                )
+            )  # fmt: skip
+            chunk.backward()
+    return tuple(x.clone() for x in results)
+
+
+def token_logprobs_rows(
+    path: Path, head: LinearHead, tokens: Tensor, mask: Tensor, temperature: float, logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns (logprobs, entropy, peak, log_sum) [N]; 0 in masked rows."""
+    temperature, softcap = before_scaling(temperature, logit_scale, softcap)
+    results = torch.zeros(4, len(tokens), dtype=head.dtype, device=tokens.device)
+    for chunk in head.chunks(mask.nonzero()[:, 0], with_gradient=False):
+        everything = torch.ones_like(chunk.rows, dtype=torch.bool)
+        stats = path.token_logprobs_rows(chunk.logits, tokens[chunk.rows], everything, temperature, softcap)
+        results[:, chunk.rows] = torch.stack(stats)
+    return tuple(x.clone() for x in results)
+
+
+def token_logprobs_gradient(
+    path: Path, head: LinearHead, tokens: Tensor, mask: Tensor, peak: Tensor, log_sum: Tensor, entropy: Tensor,
+    dlogprobs: Tensor, dentropy: Tensor, temperature: float, logit_scale: float, softcap: float | None,
+) -> None:  # fmt: skip
+    """Fills the gradients of the head from what `token_logprobs_rows` returned and the gradients of its first two
+    results; the logits of the rows that have one are formed again."""
+    temperature, softcap = before_scaling(temperature, logit_scale, softcap)
+    wanted = mask & ((dlogprobs != 0) | (dentropy != 0))
+    for chunk in head.chunks(wanted.nonzero()[:, 0], with_gradient=True):
+        rows = chunk.rows
+        per_row = (x[rows] for x in (tokens, mask, peak, log_sum, entropy, dlogprobs, dentropy))
+        path.token_logprobs_gradient(chunk.logits, chunk.dlogits, *per_row, temperature, softcap)
+        chunk.backward()
+
+
+def before_scaling(temperature: float, logit_scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """The temperature and the cap that make of unscaled logits what the given ones make of scaled logits."""
+    return temperature / logit_scale, None if softcap is None else softcap / logit_scale
