@@ -1,4 +1,4 @@
-"""Which responses carry credit, in which micro-batch they are trained, and on which rank. Plain Python, once per update."""
+"""Which responses carry credit, in which micro-batch they are trained, and on which rank."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def plan_credit(
     ranks = _deal(_pack(costs, max_tokens, world_size), world_size)
 
     if config.aggregation == "seq-mean-token-sum-norm" and config.loss_scale_factor is None:
-        config = replace(config, loss_scale_factor=max(1, *lengths) if lengths else 1)
+        config = replace(config, loss_scale_factor=max([1, *lengths]))
     if config.aggregation == "token-sum":
         normalizer = 1
     elif config.aggregation == "token-mean":

@@ -174,12 +174,10 @@ def _linear_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], logprobs, entropy [N], gradients of hidden, weight and bias: [0] unless wanted)."""
     path = _sliced(_policy_loss_path, triton, group, weight, 0)
-    head = LinearHead(
-        hidden, weight, bias, operand, tuple(wanted), max_chunk_bytes, None if group is None else group_of(group)
-    )
     with torch.autocast(hidden.device.type, enabled=False):
+        head = LinearHead(path, hidden, weight, bias, operand, tuple(wanted), max_chunk_bytes)
         losses, logprobs, entropies = linear_head.policy_loss_rows(
-            path, head, tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights,
+            head, tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights,
             _unpack(objective, kl_estimator, numbers), entropy, logit_scale, softcap,
         )  # fmt: skip
         return losses.sum(), logprobs, entropies, *head.gradients()
@@ -312,8 +310,8 @@ def _linear_token_logprobs(
     """(logprobs, entropy, and two numbers per row that the backward wants) [N]."""
     path = _sliced(_token_stats_path, triton, group, weight, 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = LinearHead(hidden, weight, bias, operand, max_chunk_bytes=max_chunk_bytes)
-        return linear_head.token_logprobs_rows(path, head, tokens, mask, temperature, logit_scale, softcap)
+        head = LinearHead(path, hidden, weight, bias, operand, max_chunk_bytes=max_chunk_bytes)
+        return linear_head.token_logprobs_rows(head, tokens, mask, temperature, logit_scale, softcap)
 
 
 @_linear_token_logprobs.register_fake
@@ -332,11 +330,9 @@ def _linear_token_logprobs_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     path = _sliced(_token_stats_path, triton, group, weight, 0)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = LinearHead(
-            hidden, weight, bias, operand, tuple(wanted), max_chunk_bytes, None if group is None else group_of(group)
-        )
+        head = LinearHead(path, hidden, weight, bias, operand, tuple(wanted), max_chunk_bytes)
         linear_head.token_logprobs_gradient(
-            path, head, tokens, mask, peak, log_sum, entropy, dlogprobs, dentropy, temperature, logit_scale, softcap
+            head, tokens, mask, peak, log_sum, entropy, dlogprobs, dentropy, temperature, logit_scale, softcap
         )
         return head.gradients()
 

@@ -33,16 +33,16 @@ ROW_MULTIPLE = 128  # of a chunk, as the tiles of a matrix product like it
 
 @dataclass
 class LinearHead:
-    """operand: dtype that the matrix products read. wanted: whether hidden, weight and bias want a gradient.
-    group: the ranks that share the vocabulary, each with a slice of weight and bias."""
+    """path: whose row kernels; `VocabParallel` where each rank of a group has a slice of weight and bias.
+    operand: dtype that the matrix products read. wanted: whether hidden, weight and bias want a gradient."""
 
+    path: Path
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     operand: torch.dtype
     wanted: tuple[bool, bool, bool] = (False, False, False)
     max_chunk_bytes: int | None = None
-    group: dist.ProcessGroup | None = None
     dhidden: Tensor | None = field(init=False, default=None)
     dweight: Tensor | None = field(init=False, default=None)
     dbias: Tensor | None = field(init=False, default=None)
@@ -55,14 +55,18 @@ class LinearHead:
 
     def chunks(self, rows: Tensor, with_gradient: bool) -> Iterator[Chunk]:
         """The given rows [n] in chunks of nearly the same size, with their logits [m, V]."""
+        if not len(rows):
+            return
         vocab = self.weight.shape[0]
         in_place = not with_gradient or self.operand == self.dtype
-        per_row = vocab * (self.dtype.itemsize + (0 if in_place else self.operand.itemsize))
+        sliced = isinstance(self.path, VocabParallel)
+        widest = int(self.path.sizes.max()) if sliced else vocab  # the ranks go through the same chunks
+        per_row = widest * (self.dtype.itemsize + (0 if in_place else self.operand.itemsize))
         budget = MAX_CHUNK_BYTES[self.hidden.device.type] if self.max_chunk_bytes is None else self.max_chunk_bytes
         size = chunk_rows(len(rows), budget // per_row)
         logits = self.hidden.new_empty(size, vocab, dtype=self.dtype)
         dlogits = logits if in_place else logits.new_empty(size, vocab, dtype=self.operand)
-        for some in rows.split(size) if len(rows) else ():
+        for some in rows.split(size):
             hidden, n = self.hidden[some].to(self.operand), len(some)
             product(logits[:n], hidden, self.operand_weight.t())
             if self.bias is not None:
@@ -103,8 +107,10 @@ class Chunk:
         if wants_hidden:
             dhidden = torch.empty(self.hidden.shape, dtype=head.dtype, device=self.hidden.device)
             product(dhidden, self.dlogits, head.operand_weight)
-            if head.group is not None:  # each rank's slice of the vocabulary pulls at the same hidden states
-                dist.all_reduce(dhidden, group=head.group)
+            if isinstance(
+                head.path, VocabParallel
+            ):  # each rank's slice of the vocabulary pulls at the same hidden states
+                dist.all_reduce(dhidden, group=head.path.group)
             head.dhidden.index_copy_(0, self.rows, dhidden.to(head.dhidden.dtype))
         if wants_weight:
             first = head.dweight is None
@@ -119,9 +125,9 @@ class Chunk:
 def chunk_rows(rows: int, most: int) -> int:
     """Rows per chunk: as few chunks as `most` rows in each allow, of nearly the same size."""
     most = max(1, most // ROW_MULTIPLE * ROW_MULTIPLE or most)
-    count = max(1, -(-rows // most))
+    count = -(-rows // most)
     size = -(-rows // count)
-    return max(1, min(most, -(-size // ROW_MULTIPLE) * ROW_MULTIPLE, rows))
+    return min(most, -(-size // ROW_MULTIPLE) * ROW_MULTIPLE, rows)
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
@@ -136,7 +142,7 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 def policy_loss_rows(
-    path: Path, head: LinearHead, tokens: Tensor, weights: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
+    head: LinearHead, tokens: Tensor, weights: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None, rollout_weights: Tensor | None, config: PolicyLossConfig, entropy: str,
     logit_scale: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -155,7 +161,7 @@ def policy_loss_rows(
             rows = chunk.rows
             optional = (None if x is None else x[rows] for x in (old_logprobs, ref_logprobs, rollout_weights))
             results[:, rows] = torch.stack(
-                path.policy_loss_rows(
+                head.path.policy_loss_rows(
                     chunk.logits, chunk.dlogits, tokens[rows], weights[rows], advantages[rows], *optional, config,
                     entropy, softcap,
                 )
@@ -165,7 +171,7 @@ def policy_loss_rows(
 
 
 def token_logprobs_rows(
-    path: Path, head: LinearHead, tokens: Tensor, mask: Tensor, temperature: float, logit_scale: float,
+    head: LinearHead, tokens: Tensor, mask: Tensor, temperature: float, logit_scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns (logprobs, entropy, peak, log_sum) [N]; 0 in masked rows."""
@@ -173,13 +179,13 @@ def token_logprobs_rows(
     results = torch.zeros(4, len(tokens), dtype=head.dtype, device=tokens.device)
     for chunk in head.chunks(mask.nonzero()[:, 0], with_gradient=False):
         everything = torch.ones_like(chunk.rows, dtype=torch.bool)
-        stats = path.token_logprobs_rows(chunk.logits, tokens[chunk.rows], everything, temperature, softcap)
+        stats = head.path.token_logprobs_rows(chunk.logits, tokens[chunk.rows], everything, temperature, softcap)
         results[:, chunk.rows] = torch.stack(stats)
     return tuple(x.clone() for x in results)
 
 
 def token_logprobs_gradient(
-    path: Path, head: LinearHead, tokens: Tensor, mask: Tensor, peak: Tensor, log_sum: Tensor, entropy: Tensor,
+    head: LinearHead, tokens: Tensor, mask: Tensor, peak: Tensor, log_sum: Tensor, entropy: Tensor,
     dlogprobs: Tensor, dentropy: Tensor, temperature: float, logit_scale: float, softcap: float | None,
 ) -> None:  # fmt: skip
     """Fills the gradients of the head from what `token_logprobs_rows` returned and the gradients of its first two
@@ -189,7 +195,7 @@ def token_logprobs_gradient(
     for chunk in head.chunks(wanted.nonzero()[:, 0], with_gradient=True):
         rows = chunk.rows
         per_row = (x[rows] for x in (tokens, mask, peak, log_sum, entropy, dlogprobs, dentropy))
-        path.token_logprobs_gradient(chunk.logits, chunk.dlogits, *per_row, temperature, softcap)
+        head.path.token_logprobs_gradient(chunk.logits, chunk.dlogits, *per_row, temperature, softcap)
         chunk.backward()
 
 

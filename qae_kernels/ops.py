@@ -16,7 +16,7 @@ from .aggregation import spread_to_rows, token_weights
 from .config import PRESETS, PolicyLossConfig
 from .metrics import loss_metrics
 from .outputs import Advantages, PolicyLossOutput
-from .vocab_parallel import slice_bounds
+from .vocab_parallel import slice_sizes
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -238,7 +238,7 @@ def _whole_vocabulary(columns: Tensor, dim: int, process_group: ProcessGroup | N
         return columns.shape[dim]
     if not checks.reads_values(columns.device, validate):
         return None
-    return int(slice_bounds(columns.shape[dim], process_group, columns.device)[1])
+    return int(slice_sizes(columns.shape[dim], process_group, columns.device).sum())
 
 
 def linear_policy_loss(

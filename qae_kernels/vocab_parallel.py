@@ -27,12 +27,11 @@ def group_of(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
-def slice_bounds(vocab: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(first column of this rank's slice of `vocab` columns, columns of all ranks), 0-dim, without waiting for them."""
-    sizes = torch.empty(dist.get_world_size(group), dtype=torch.long, device=device)
-    dist.all_gather_into_tensor(sizes, torch.full((1,), vocab, device=device), group=group)
-    rank = dist.get_rank(group)
-    return sizes[:rank].sum(), sizes.sum()
+def slice_sizes(vocab: int, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    """[ranks] int64: columns of each rank, of which this one has `vocab`. Does not wait for the device."""
+    sizes = [torch.empty((), dtype=torch.long, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.full((), vocab, device=device), group=group)
+    return torch.stack(sizes)
 
 
 class VocabParallel:
@@ -45,7 +44,8 @@ class VocabParallel:
         """vocab: columns of this rank's slice. All ranks of the group must come here."""
         self.path, self.group = path, group
         self.new_gradient = path.new_gradient
-        self.first_column, _ = slice_bounds(vocab, group, device)
+        self.sizes = slice_sizes(vocab, group, device)
+        self.first_column = self.sizes[: dist.get_rank(group)].sum()
 
     def token_logprobs_rows(
         self, logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float, softcap: float | None = None

@@ -29,7 +29,7 @@ def rounding(x: Tensor, dtype: torch.dtype) -> Tensor:
     return HALF_STEPS.get(dtype, 1) * (x.abs() * info.eps + smallest_step) / 2
 
 
-def _assert_within(actual: Tensor, exact: Tensor, bound: Tensor, what: str) -> None:
+def assert_within(actual: Tensor, exact: Tensor, bound: Tensor, what: str) -> None:
     actual = actual.double()
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     same = (actual == exact) | (actual.isnan() & exact.isnan())  # infinities included
@@ -56,7 +56,7 @@ def assert_statistics(
     """Losses, log-probabilities and entropies; dtype: that of the logits; plain: the same from plain PyTorch."""
     floor = FLOOR[arithmetic_dtype(dtype)] * exact.abs().clamp(min=1)
     floor = torch.where(floor.isfinite(), floor, 0)
-    _assert_within(actual, exact, FACTOR * largest_error(plain, exact) + floor, what)
+    assert_within(actual, exact, FACTOR * largest_error(plain, exact) + floor, what)
 
 
 def assert_gradient(
@@ -70,7 +70,7 @@ def assert_gradient(
     arithmetic = arithmetic_dtype(dtype)
     floor = FLOOR[arithmetic] * exact.abs().amax(-1, keepdim=True) + CANCELLATION[arithmetic]
     bound = FACTOR * largest_error(plain, exact) + floor + roundings * rounding(exact, dtype)
-    _assert_within(actual, exact, bound, what)
+    assert_within(actual, exact, bound, what)
 
 
 def assert_bitwise(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -1,0 +1,199 @@
+"""Vocabularies dealt out over 2 and 4 ranks, real processes that talk through gloo, against one process."""
+
+import multiprocessing
+import tempfile
+import traceback
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import CONFIGS, optional_arguments
+from head_cases import make_head_case
+from tolerances import assert_gradient, assert_statistics
+
+from qae_kernels import linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
+
+SLICES = {2: (20, 37), 4: (16, 1, 31, 9)}  # columns of each rank, of 57
+BACKENDS = ("triton", "torch")
+CHUNK = 57 * 4 * 5
+HEADS = {"plain": {}, "all": {"bias": True, "logit_scale": 1.7, "logit_softcap": 4.0}}
+LOSSES = [  # (config, layout, entropy, dtype)
+    ("dapo", "packed", "all", torch.float32), ("grpo", "padded", "active", torch.float32),
+    ("everything", "padded", "all", torch.float32), ("dapo", "packed", "none", torch.float64),
+    ("entropy", "packed", "all", torch.bfloat16),
+]  # fmt: skip
+
+
+def losses_from_logits(case, columns, group, **keywords):
+    """Of each way to call it, on the given columns: what comes back for the rows, and the gradient of the slice."""
+    advantages, given = optional_arguments(case.batch, ref=True, rollout=True)
+    results = []
+    for inplace in (False, True):
+        logits = case.batch.logits[..., columns].clone().requires_grad_()
+        out = policy_loss(logits * 1, case.batch.tokens, advantages, process_group=group, inplace=inplace,
+                          **given, **keywords)  # fmt: skip
+        (0.5 * out.loss).backward()
+        results.append({"loss": out.loss.detach(), "logprobs": out.logprobs, "entropy": out.entropy,
+                        "metric": out.metrics["clip_fraction_low"], "sliced": logits.grad})  # fmt: skip
+    return results
+
+
+def from_hidden(case, columns, group, config, entropy, backend):
+    """The same from the head's slice; the gradient of hidden is whole on every rank."""
+    advantages, given = optional_arguments(case.batch, ref=True)
+    results = []
+    for name in ("loss", "log-probabilities"):
+        hidden = case.hidden.clone().requires_grad_()
+        weight = case.weight[columns].clone().requires_grad_()
+        bias = None if case.bias is None else case.bias[columns].clone().requires_grad_()
+        keywords = {"bias": bias, "process_group": group, "max_chunk_bytes": CHUNK, "backend": backend, **case.options}
+        if name == "loss":
+            out = linear_policy_loss(hidden, weight, case.batch.tokens, advantages, config=config, entropy=entropy,
+                                     **given, **keywords)  # fmt: skip
+            (0.5 * out.loss).backward()
+            rows = {"loss": out.loss.detach(), "logprobs": out.logprobs, "entropy": out.entropy}
+        else:
+            logprobs, entropies = linear_token_logprobs(
+                hidden, weight, case.batch.tokens, mask=case.batch.mask, temperature=0.7, **keywords
+            )
+            (logprobs * case.batch.advantages - 0.3 * entropies).sum().backward()
+            rows = {"logprobs": logprobs.detach(), "entropy": entropies.detach()}
+        sliced = {"sliced": weight.grad} | ({} if bias is None else {"sliced bias": bias.grad})
+        results.append({**rows, "hidden": hidden.grad, **sliced})
+    return results
+
+
+def with_banned_slice(case):
+    """-inf in every column of the first rank in one row, and a sampled token among them in another."""
+    logits = case.batch.logits.clone()
+    logits[0, : SLICES[2][0]] = -torch.inf
+    tokens = case.batch.tokens.clone()
+    tokens[0] = 50
+    logits[2, : SLICES[2][0]] = -torch.inf
+    tokens[2] = 3
+    return replace(case, batch=replace(case.batch, logits=logits, tokens=tokens))
+
+
+def everything(columns, group, device):
+    """All results, by what was computed."""
+    results = {}
+    for backend in BACKENDS:
+        for config, layout, entropy, dtype in LOSSES:
+            if dtype == torch.float64 and backend == "triton":
+                continue
+            key = f"{backend}, {config}, {layout}, {entropy}, {dtype}"
+            case = make_head_case(57, layout, device=device, temperature=CONFIGS[config].temperature)
+            case = replace(case, batch=replace(case.batch, logits=case.batch.logits.to(dtype)))
+            results[f"logits, {key}"] = losses_from_logits(
+                case, columns, group, config=CONFIGS[config], entropy=entropy, backend=backend
+            )
+            for name, options in HEADS.items():
+                case = make_head_case(57, layout, dtype, device, temperature=CONFIGS[config].temperature, **options)
+                results[f"hidden, {name}, {key}"] = from_hidden(case, columns, group, CONFIGS[config], entropy, backend)
+        case = with_banned_slice(make_head_case(57, device=device))
+        case = replace(case, batch=replace(case.batch, logits=case.batch.logits.float()))
+        results[f"logits, {backend}, banned"] = losses_from_logits(case, columns, group, backend=backend)
+    return results
+
+
+def errors(columns, group, device):
+    """A token that no rank has is named with the size of the whole vocabulary."""
+    case = make_head_case(57, device=device)
+    tokens = case.batch.tokens.clone()
+    tokens[3] = 57
+    for call in (
+        lambda: policy_loss(case.batch.logits[:, columns], tokens, case.batch.advantages, process_group=group,
+                            validate=True),
+        lambda: linear_token_logprobs(case.hidden, case.weight[columns], tokens, process_group=group, validate=True),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"tokens must lie in \[0, 57\).*; tokens\[3\] is 57"):
+            call()
+
+
+def work(rank, world_size, folder, device):
+    """One rank; leaves what it got, or why it failed, in the folder."""
+    try:
+        torch.set_num_threads(1)
+        if device == "cuda":  # one GPU for all ranks: gloo carries its tensors
+            torch.cuda.set_device(0)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
+                                timeout=timedelta(minutes=2))  # fmt: skip
+        before = sum(SLICES[world_size][:rank])
+        columns = slice(before, before + SLICES[world_size][rank])
+        results = everything(columns, dist.group.WORLD, device)
+        errors(columns, dist.group.WORLD, device)
+    except BaseException:
+        results = traceback.format_exc()
+    finally:
+        torch.save(results, f"{folder}/{rank}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone(device):
+    return everything(slice(None), None, device)
+
+
+def run_ranks(world_size, device):
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=work, args=(rank, world_size, folder, device)) for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        results = [torch.load(f"{folder}/{rank}", map_location="cpu") for rank in range(world_size)]
+    for rank, result in enumerate(results):
+        assert not isinstance(result, str), f"rank {rank} of {world_size}:\n{result}"
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", SLICES)
+def test_same_as_one_process(world_size, alone, device):
+    """Loss, statistics and the gradient of hidden whole on every rank, every other gradient a slice."""
+    ranks = run_ranks(world_size, device)
+    for key, expected in alone.items():
+        dtype = torch.float64 if "float64" in key else torch.float32
+        for i, whole in enumerate(expected):
+            for name, exact in whole.items():
+                exact, what = exact.cpu(), f"{key}, call {i}, {name}"
+                parts = [rank[key][i][name] for rank in ranks]
+                if name.startswith("sliced"):
+                    along = -1 if key.startswith("logits") else 0
+                    assert_close(torch.cat(parts, along), exact, what)
+                    continue
+                for part in parts:
+                    assert torch.equal(part, parts[0]) or (part.isnan() & parts[0].isnan()).any(), what
+                if name == "hidden":
+                    assert_close(parts[0], exact, what)
+                else:
+                    assert_statistics(parts[0], exact.double(), dtype, what)
+    banned = [r for key, r in ranks[0].items() if "banned" in key]
+    assert banned and all(r["logprobs"][2] == -torch.inf and r["logprobs"][0].isfinite() for rs in banned for r in rs)
+
+
+def assert_close(got, expected, what):
+    """Gradients that are both computed: twice the roundings of either."""
+    assert_gradient(got.to(expected.dtype), expected.double(), expected.dtype, what, roundings=4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_of_one(backend, device, tmp_path):
+    """The other way of computing, in this process: the same as without a group."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        case = make_head_case(57, device=device)
+        logits = case.batch.logits.float()
+        got = token_logprobs(logits, case.batch.tokens, backend=backend)
+        out = policy_loss(logits, case.batch.tokens, case.batch.advantages, process_group=dist.group.WORLD,
+                          backend=backend)  # fmt: skip
+        for x, expected in zip((out.logprobs, out.entropy), got, strict=True):
+            torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
