@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import PolicyLossConfig
 from ..reference.objectives import has_credit, token_losses
-from .token_stats import chunks, new_gradient, row_statistics, write_row_gradient, write_zero_rows
+from .token_stats import Scratch, chunks, new_gradient, row_statistics, write_row_gradient, write_zero_rows
 
 __all__ = ["new_gradient", "policy_loss_rows", "recording", "scale_gradient"]
 
@@ -56,8 +56,10 @@ def policy_loss_rows(
     advantages = advantages.reshape(-1)
     old, ref, rollout = (None if x is None else x.reshape(-1) for x in (old_logprobs, ref_logprobs, rollout_weights))
 
+    scratch = Scratch(logits)
+
     def one_chunk(rows: Tensor, write: bool) -> None:
-        stats = row_statistics(logits, rows, tokens[rows], config.temperature, softcap, entropy != "none")
+        stats = row_statistics(logits, rows, tokens[rows], config.temperature, scratch, softcap, entropy != "none")
         logprobs[rows], entropies[rows] = stats.logprobs, stats.entropy
         with recording():
             lp, ent = stats.logprobs.detach().requires_grad_(write), stats.entropy.detach().requires_grad_(write)
