@@ -73,8 +73,11 @@ class TrainConfig:
     """Responses per prompt, G."""
     minibatches: int = 4
     """Optimizer updates per rollout; each sees its share of the prompts once."""
-    micro_batch_size: int = 128
-    """Responses per forward and backward; changes the memory needed and not the result."""
+    max_tokens: int = 4096
+    """Most tokens, prompts and responses, per forward and backward; changes the memory needed and not the result."""
+    old_logprobs: Literal["sampler", "recompute"] = "sampler"
+    """Log-probabilities that ratios start from: "sampler", its own; "recompute", those of the training path, once per
+    rollout and only for the responses with credit."""
     max_new_tokens: int = 48
     temperature: float = 1.0
 
@@ -96,7 +99,7 @@ class TrainConfig:
     def __post_init__(self):
         if not 0 < self.k < 1:
             raise ValueError(f"k must be strictly between 0 and 1; got {self.k}")
-        counts = ("prompts_per_step", "group_size", "minibatches", "micro_batch_size", "max_new_tokens", "eval_every")
+        counts = ("prompts_per_step", "group_size", "minibatches", "max_tokens", "max_new_tokens", "eval_every")
         for name in (*counts, "eval_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")

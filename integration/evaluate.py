@@ -26,6 +26,6 @@ def evaluate(
     return {
         "pass@1": successes.mean().item(),
         f"pass@{config.eval_samples}": successes.amax(1).mean().item(),
-        "entropy": (rollout.entropy.sum() / rollout.response_mask.sum()).item(),
+        "sampler_entropy": (rollout.entropy.sum() / rollout.response_mask.sum()).item(),
         "response_length": rollout.lengths.float().mean().item(),
     }

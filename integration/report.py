@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 
 PANELS = (  # title, key in a step's record, key in its evaluation
     ("held-out pass@1", None, "pass@1"),
-    ("entropy per token of the rollouts (nats)", "entropy", None),
+    ("entropy per token of the rollouts (nats)", "sampler_entropy", None),
     ("share of responses with zero advantage", "zero_fraction", None),
     ("response length (tokens)", "response_length", None),
 )
@@ -69,8 +69,8 @@ def summary(folder: Path) -> dict[str, float]:
     return {
         "pass@1 before": evaluations[0]["pass@1"],
         "pass@1 after": evaluations[-1]["pass@1"],
-        "entropy before": evaluations[0]["entropy"],
-        "entropy after": evaluations[-1]["entropy"],
+        "entropy before": evaluations[0]["sampler_entropy"],
+        "entropy after": evaluations[-1]["sampler_entropy"],
         "zero-advantage share": mean("zero_fraction"),
         "rollout s/step": mean("seconds_rollout"),
         "update s/step": mean("seconds_update"),

@@ -28,19 +28,14 @@ class Rollout:
     def lengths(self) -> Tensor:
         return self.response_mask.sum(1)
 
-    def logits(self, model: PreTrainedModel, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(logits [n, R', V], response columns' mask [n, R']) of the given rows under `model`; cut to their longest.
+    @property
+    def prompt_lengths(self) -> Tensor:
+        return self.prompt_mask.sum(1)
 
-        Row r, column t holds the distribution that response token t was sampled from.
-        """
-        longest = int(self.lengths[rows].max())
-        mask = torch.cat([self.prompt_mask[rows], self.response_mask[rows, :longest]], 1)
-        ids = torch.cat([self.prompt_ids[rows], self.response_ids[rows, :longest]], 1)
-        logits = model(
-            input_ids=ids[:, :-1], attention_mask=mask[:, :-1].long(), position_ids=positions(mask[:, :-1]),
-            use_cache=False, logits_to_keep=longest,
-        ).logits  # fmt: skip
-        return logits, self.response_mask[rows, :longest]
+    def select(self, rows: Tensor) -> Rollout:
+        """The given responses, in the given order."""
+        texts = [self.texts[row] for row in rows.tolist()]
+        return Rollout(**{name: x[rows] for name, x in vars(self).items() if name != "texts"}, texts=texts)
 
 
 def positions(mask: Tensor) -> Tensor:

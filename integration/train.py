@@ -5,9 +5,11 @@ update -> log.
     python -m integration.train --preset tiny --baseline mean    the mean baseline of GRPO and DAPO
     python -m integration.train --help                           every flag
 
+The update is in update.py: only responses with credit enter the model, packed without padding (packing.py).
+
 Where this differs from the published recipe of QAE (arXiv 2509.22611, on DAPO, arXiv 2503.14476): a model of 0.4 M
 parameters and sums of one-digit numbers; no dynamic sampling and no overlong shaping; Adam at 1e-4; 4 updates per
-rollout and not 16; `old_logprobs` are the sampler's own and are not recomputed.
+rollout and not 16; `old_logprobs` are the sampler's own (`--old-logprobs recompute`: those of the training path).
 
 A run leaves `<runs>/<name>/`: config.json, metrics.jsonl (one line per step), checkpoint/ (model and tokenizer, opens
 with transformers), figure.png.
@@ -29,10 +31,9 @@ import torch
 import transformers
 import tyro
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import qae_kernels
-from qae_kernels import Advantages, PolicyLossConfig, group_advantages, policy_loss
+from qae_kernels import Advantages, group_advantages
 
 from . import checkpoint, report
 from .config import PRESETS, TrainConfig
@@ -41,10 +42,10 @@ from .evaluate import evaluate
 from .progress import Progress
 from .rewards import verify
 from .rollout import Rollout, sample
+from .update import LOGGED, recompute_logprobs, update_policy
 from .warm_start import warm_start
 
 ROLLOUT_SEED = 123_000_000
-LOGGED = ("clip_fraction_low", "clip_fraction_high", "ratio_max", "approx_kl")  # of the loss, over trained tokens
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Path:
@@ -83,6 +84,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             advantages = group_advantages(
                 outcomes, config.group_size, baseline=config.baseline, k=config.k, backend=config.backend
             )
+            if config.old_logprobs == "recompute":
+                rollout = recompute_logprobs(model, rollout, advantages, config)
             set_learning_rate(optimizer, config, step)
             updates = [
                 update_policy(model, optimizer, rollout, advantages, rows, config)
@@ -98,7 +101,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             }
             write(log, record)
             progress.show(
-                reward=record["reward"], entropy=record["entropy"], zero=record["zero_fraction"],
+                reward=record["reward"], entropy=record["sampler_entropy"], zero=record["zero_fraction"],
                 length=record["response_length"],
             )  # fmt: skip
         write(log, {"step": config.steps, "eval": evaluate(model, tokenizer, task, config)})
@@ -113,46 +116,6 @@ def minibatches(config: TrainConfig, generator: torch.Generator) -> Iterator[Ten
     order = torch.randperm(config.prompts_per_step, generator=generator)
     for groups in order.chunk(config.minibatches):
         yield (groups[:, None] * config.group_size + torch.arange(config.group_size)).flatten()
-
-
-def update_policy(
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    rollout: Rollout,
-    advantages: Advantages,
-    rows: Tensor,
-    config: TrainConfig,
-) -> dict[str, float]:
-    """One optimizer update on the responses `rows`: the DAPO loss, averaged over all their tokens.
-
-    Responses of advantage 0 have no gradient, so they do not enter the model; their tokens stay in the denominator.
-    A minibatch in which no response has credit changes nothing: there is no update then.
-    """
-    rows = rows.to(rollout.response_ids.device)
-    all_tokens = rollout.response_mask[rows].sum()
-    rows = rows[advantages.active[rows]]
-    tokens_trained = int(rollout.response_mask[rows].sum())
-    if not len(rows):
-        return {"tokens": 0}
-    loss_config = PolicyLossConfig(eps_low=config.eps_low, eps_high=config.eps_high, temperature=config.temperature)
-    stats = dict.fromkeys(LOGGED, 0.0)
-    for micro in rows.split(config.micro_batch_size):
-        logits, mask = rollout.logits(model, micro)
-        width = mask.shape[1]
-        output = policy_loss(
-            logits, rollout.response_ids[micro, :width], advantages.advantages[micro],
-            old_logprobs=rollout.logprobs[micro, :width], mask=mask, normalizer=all_tokens,
-            config=loss_config, inplace=True, backend=config.backend,
-        )  # fmt: skip
-        output.loss.backward()
-        share = int(mask.sum()) / tokens_trained
-        for name in LOGGED:
-            value = output.metrics[name].item()
-            stats[name] = max(stats[name], value) if name == "ratio_max" else stats[name] + share * value
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"tokens": tokens_trained, "grad_norm": grad_norm.item(), **stats}
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
@@ -171,10 +134,10 @@ def describe_rollout(rollout: Rollout, outcomes: Tensor, advantages: Advantages)
     values = advantages.advantages
     return {
         "reward": outcomes.mean().item(),
-        "entropy": mean_entropy(torch.ones_like(values, dtype=torch.bool)),
-        "entropy_positive": mean_entropy(values > 0),
-        "entropy_negative": mean_entropy(values < 0),
-        "entropy_zero": mean_entropy(values == 0),
+        "sampler_entropy": mean_entropy(torch.ones_like(values, dtype=torch.bool)),
+        "sampler_entropy_positive": mean_entropy(values > 0),
+        "sampler_entropy_negative": mean_entropy(values < 0),
+        "sampler_entropy_zero": mean_entropy(values == 0),
         "zero_fraction": advantages.zero_fraction.item(),
         "positive_fraction": (values > 0).float().mean().item(),
         "negative_fraction": (values < 0).float().mean().item(),

@@ -21,6 +21,8 @@ UNALIGNED_STATISTICS = 9  # instructions per logit
 KB_IN_FLIGHT = 64
 # At most per 16-bit logit: (instructions, EX2).
 LIMITS = {"statistics": (8.0, 1.13), "gradient": (6.3, 1.0)}
+CAPPED_LIMITS = {"statistics": (22.0, 2.13), "gradient": (21.5, 2.0)}  # a tanh for each, in each pass
+LINEAR_LIMITS = {"statistics": (7.0, 1.13), "gradient": (5.0, 1.0)}  # float32 logits, bfloat16 gradient
 LOOPS = {
     "loss, entropy=all": {"statistics", "gradient", "gradient with entropy term", "zeros"},
     "loss, on-policy, no gradient": {"statistics"},
@@ -62,11 +64,16 @@ def test_hot_loops(tmp_path):
         for loop in kernel["loops"]:
             what = f"{kernel['dtype']}, {kernel['case']}, {loop['name']}: {loop}"
             assert set(loop["load_bits"] + loop["store_bits"]) == {128}, what
-            assert loop["bytes_stored"] in (0, ITEMSIZE[kernel["dtype"]]), what
-            if loop["load_bits"] and loop["name"] != "statistics, careful":
+            of_the_head = kernel["case"] == "loss, bfloat16 gradient"
+            if loop["name"] != "zeros" or not of_the_head:  # whose number of logits is not known from the stores
+                stored = 2 if of_the_head else ITEMSIZE[kernel["dtype"]]
+                assert loop["bytes_stored"] in (0, stored), what
+            capped = kernel["case"] == "loss, soft cap"
+            if loop["load_bits"] and loop["name"] != "statistics, careful" and not capped:
                 assert loop["kb_in_flight"] >= KB_IN_FLIGHT, what
-            if kernel["dtype"] != "fp32" and loop["name"] in LIMITS:
-                instructions, ex2 = LIMITS[loop["name"]]
+            if (kernel["dtype"] != "fp32" or of_the_head) and loop["name"] in LIMITS:
+                limits = LINEAR_LIMITS if of_the_head else CAPPED_LIMITS if capped else LIMITS
+                instructions, ex2 = limits[loop["name"]]
                 assert loop["instructions"] <= instructions and loop["ex2"] <= ex2, what
     assert {(kernel["dtype"], kernel["case"]) for kernel in kernels} >= {(d, c) for d in ITEMSIZE for c in LOOPS}
     assert_committed_results_are_of_this_code(kernels)
@@ -104,7 +111,8 @@ def test_a_vocabulary_without_alignment(target, dtype, vocab, tmp_path):
     for kernel in codegen(tmp_path, "--arch", target, "--dtype", dtype, "--vocab", vocab):
         for loop in kernel["loops"]:
             if loop["name"] == "statistics":
-                assert loop["instructions"] <= UNALIGNED_STATISTICS, f"{kernel['case']}: {loop}"
+                limit = CAPPED_LIMITS["statistics"][0] if kernel["case"] == "loss, soft cap" else UNALIGNED_STATISTICS
+                assert loop["instructions"] <= limit, f"{kernel['case']}: {loop}"
 
 
 @pytest.mark.slow
@@ -171,7 +179,9 @@ def other_shapes():
             policy_loss_rows(logits, logits, tokens, row, row, row, None, None, PRESETS["dapo"])
             scale_gradient(logits, torch.ones(()))
             logprobs, entropy, peak, log2_sum = token_logprobs_rows(logits, tokens, tokens == 0, 1.0)
-            token_logprobs_gradient(logits, tokens, tokens == 0, peak, log2_sum, entropy, logprobs, entropy, 1.0)
+            token_logprobs_gradient(
+                logits, logits, tokens, tokens == 0, peak, log2_sum, entropy, logprobs, entropy, 1.0
+            )
     kernels = (policy_loss_kernel, scale_kernel, token_logprobs_kernel, token_logprobs_backward_kernel)
     counts = count_specialisations(kernels)
     assert set(counts.values()) == {1}, counts

@@ -7,6 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
+from padded import padded_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration import checkpoint, report, train
@@ -15,6 +16,7 @@ from integration.data import Task, make_tokenizer, worked_answer
 from integration.progress import Progress
 from integration.rewards import outcome, verify
 from integration.rollout import sample
+from integration.update import recompute_logprobs, update_policy
 from integration.warm_start import warm_start
 from qae_kernels import PolicyLossConfig, group_advantages
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
@@ -126,12 +128,11 @@ def test_greedy_samples_are_those_of_generate(policy, task):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_logprobs_and_entropies_are_the_models(policy, task, temperature):
-    """Also checks the rows that `Rollout.logits` hands to the loss: padding, positions, shift."""
     model, _ = policy
     _, rollout = rollout_of(policy, task, temperature=temperature)
     assert len(set(rollout.lengths.tolist())) > 1, "want ragged responses"
     with torch.no_grad():
-        logits, mask = rollout.logits(model, torch.arange(16))
+        logits, mask = padded_logits(model, rollout, torch.arange(16))
     distribution = torch.distributions.Categorical(logits=logits / temperature)
     torch.testing.assert_close(mask, rollout.response_mask)
     expected = distribution.log_prob(rollout.response_ids)
@@ -145,8 +146,8 @@ def test_logits_of_some_rows_are_those_of_all_rows(policy, task):
     _, rollout = rollout_of(policy, task)
     rows = rollout.lengths.argsort()[:5]
     with torch.no_grad():
-        everything, _ = rollout.logits(model, torch.arange(16))
-        some, mask = rollout.logits(model, rows)
+        everything, _ = padded_logits(model, rollout, torch.arange(16))
+        some, mask = padded_logits(model, rollout, rows)
     torch.testing.assert_close(some[mask], everything[rows, : mask.shape[1]][mask], rtol=0, atol=1e-5)
 
 
@@ -199,8 +200,8 @@ def credited_rollout(policy, task):
     return rollout, advantages
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
-def test_update_is_the_dapo_gradient_of_all_responses(policy, task, micro_batch_size):
+@pytest.mark.parametrize("max_tokens", [24, 60, 4096])
+def test_update_is_the_dapo_gradient_of_all_responses(policy, task, max_tokens):
     """Against autograd through the reference on every response, none dropped, after the policy has moved."""
     model, _ = policy
     rollout, advantages = credited_rollout(policy, task)
@@ -209,8 +210,8 @@ def test_update_is_the_dapo_gradient_of_all_responses(policy, task, micro_batch_
         for p in model.parameters():
             p += 0.03 * torch.randn(p.shape, generator=generator)
 
-    logits, mask = rollout.logits(model, torch.arange(16))
-    loss, logprobs, _ = reference_policy_loss(
+    logits, mask = padded_logits(model, rollout, torch.arange(16))
+    loss, logprobs, entropy = reference_policy_loss(
         logits, rollout.response_ids, advantages.advantages[:, None].expand(mask.shape), mask / mask.sum(),
         old_logprobs=rollout.logprobs, config=PolicyLossConfig(eps_low=0.05, eps_high=0.1),
     )  # fmt: skip
@@ -218,12 +219,14 @@ def test_update_is_the_dapo_gradient_of_all_responses(policy, task, micro_batch_
     ratio = (logprobs - rollout.logprobs)[mask].exp()
     assert (ratio < 0.95).any() and (ratio > 1.1).any(), "want ratios beyond the clip bounds"
 
-    config = dataclasses.replace(TINY, micro_batch_size=micro_batch_size, max_grad_norm=1e9, eps_low=0.05, eps_high=0.1)
+    config = dataclasses.replace(TINY, max_tokens=max_tokens, max_grad_norm=1e9, eps_low=0.05, eps_high=0.1)
     optimizer = Recorder(model.parameters(), lr=0.0)
-    stats = train.update_policy(model, optimizer, rollout, advantages, torch.arange(16), config)
+    stats = update_policy(model, optimizer, rollout, advantages, torch.arange(16), config)
     for got, want in zip(optimizer.seen, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     assert stats["tokens"] == int(mask[advantages.active].sum())
+    trained = mask & advantages.active[:, None]
+    assert stats["trained_entropy"] == pytest.approx(entropy[trained].mean().item(), rel=1e-4)
     assert stats["ratio_max"] == pytest.approx(
         ratio.view(-1)[advantages.active[:, None].expand(mask.shape)[mask]].max().item(), rel=1e-4
     )
@@ -238,9 +241,7 @@ def test_first_update_starts_at_ratio_one(policy, task, temperature):
         verify(rollout.texts, problems, task), 4, baseline="none", scale="none", backend="torch"
     )
     config = dataclasses.replace(TINY, temperature=temperature)
-    stats = train.update_policy(
-        model, Recorder(model.parameters(), lr=0.0), rollout, advantages, torch.arange(16), config
-    )
+    stats = update_policy(model, Recorder(model.parameters(), lr=0.0), rollout, advantages, torch.arange(16), config)
     assert stats["tokens"] > 0 and stats["ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert stats["approx_kl"] == pytest.approx(0.0, abs=1e-7)
 
@@ -251,7 +252,7 @@ def test_update_without_credit_changes_nothing(policy, task):
     advantages = group_advantages(torch.ones(16), 4, backend="torch")
     before = [p.clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
-    assert train.update_policy(model, optimizer, rollout, advantages, torch.arange(16), TINY) == {"tokens": 0}
+    assert update_policy(model, optimizer, rollout, advantages, torch.arange(16), TINY) == {"tokens": 0}
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -293,7 +294,7 @@ def test_a_run_writes_what_it_should_and_changes_the_model(start, tmp_path):
     for record in records[:-1]:
         shares = record["zero_fraction"] + record["positive_fraction"] + record["negative_fraction"]
         assert shares == pytest.approx(1.0)
-        assert 0 < record["reward"] < 1 and record["entropy"] > 0 and record["response_length"] > 1
+        assert 0 < record["reward"] < 1 and record["sampler_entropy"] > 0 and record["response_length"] > 1
     about = json.loads((folder / "config.json").read_text())
     assert about["config"]["k"] == 0.4 and about["config"]["task"]["held_out"] == 8
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
@@ -309,6 +310,18 @@ def test_the_same_seed_gives_the_same_run(start, tmp_path):
                 report.read(run(start, tmp_path, name=name, **changes))]  # fmt: skip
 
     assert numbers("a") == numbers("b") != numbers("c", seed=1)
+
+
+def test_recomputed_logprobs_are_those_of_the_sampler(start, tmp_path, monkeypatch):
+    """Once per rollout, before its first update; nothing else of the run changes."""
+    seen = []
+    monkeypatch.setattr(train, "recompute_logprobs", lambda *a: seen.append(a[1]) or recompute_logprobs(*a))
+    sampler, again = (report.read(run(start, tmp_path, name=way, old_logprobs=way)) for way in ("sampler", "recompute"))
+    assert len(seen) == TINY.steps and sampler[0]["updates"] > 0
+    for a, b in zip(sampler, again, strict=True):
+        for key in a.keys() - {"eval"}:
+            if not key.startswith("seconds"):
+                assert a[key] == b[key] or a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
 
 
 def test_triton_and_pytorch_paths_give_the_same_metrics(start, tmp_path):
@@ -340,6 +353,8 @@ def test_command_line():
      ("--minibatches", "3", "minibatches (3) must divide prompts_per_step (32)"),
      ("--group-size", "0", "group_size must be at least 1; got 0"),
      ("--temperature", "0", "temperature must be positive; got 0"),
+     ("--max-tokens", "0", "max_tokens must be at least 1; got 0"),
+     ("--old-logprobs", "model", "invalid choice"),
      ("--minibatches", "0", "minibatches must be at least 1; got 0"),
      ("--preset", "small", "invalid choice")],
 )  # fmt: skip

@@ -20,8 +20,8 @@ from ..config import PolicyLossConfig
 from . import objectives
 from .token_stats import (
     as_rows,
-    is_aligned,
     launch_config,
+    load_width,
     new_gradient,
     num_warps,
     row_start,
@@ -44,11 +44,11 @@ def policy_loss_kernel(
     advantages_ptr, stride_a_b, stride_a_t, old_ptr, ref_ptr, rollout_ptr, loss_ptr, logprobs_ptr, entropy_ptr,
     T, scale, inv_temperature, inv_cap, kl_coef, entropy_coef, hyper,
     OBJECTIVE: tl.constexpr, KL: tl.constexpr, READ_IDLE: tl.constexpr, ENTROPY: tl.constexpr, CAPPED: tl.constexpr,
-    V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     weight = tl.load(weights_ptr + row)
-    advantage = tl.load(row_start(advantages_ptr, row, stride_a_b, stride_a_t, T, False))
+    advantage = tl.load(row_start(advantages_ptr, row, stride_a_b, stride_a_t, T, 1))
     importance = 1.0
     if rollout_ptr is not None:
         importance = tl.load(rollout_ptr + row)
@@ -57,12 +57,12 @@ def policy_loss_kernel(
     if not READ_IDLE:
         is_read = is_read & ((credit != 0) | (kl_coef != 0) | (entropy_coef != 0))
     if dx_ptr is not None:
-        dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T, ALIGNED)
+        dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T, WIDTH)
     if is_read:
-        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
+        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, WIDTH)
         token = tl.load(tokens_ptr + row)
         target = target_logit(x_row, token, inv_cap, CAPPED, V)
-        peak, log2_sum, entropy = row_statistics(x_row, scale, inv_cap, ENTROPY, CAPPED, V, ALIGNED, BLOCK, THREADS)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, inv_cap, ENTROPY, CAPPED, V, WIDTH, BLOCK, THREADS)
         logprob = target_logprob(target, peak, log2_sum, scale)
         tl.store(logprobs_ptr + row, logprob)
         tl.store(entropy_ptr + row, entropy)
@@ -97,13 +97,11 @@ def policy_loss_kernel(
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_t", "T"])
-def scale_kernel(
-    dx_ptr, stride_b, stride_t, factor_ptr, T, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+def scale_kernel(dx_ptr, stride_b, stride_t, factor_ptr, T, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """dx *= factor, row by row; returns at once where the factor is 1, which only the device knows."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1:
-        dx_row = row_start(dx_ptr, tl.program_id(0), stride_b, stride_t, T, ALIGNED)
+        dx_row = row_start(dx_ptr, tl.program_id(0), stride_b, stride_t, T, WIDTH)
         offs = tl.arange(0, BLOCK)
         for start in range(0, V, BLOCK):
             inside = start + offs < V
@@ -148,8 +146,8 @@ def policy_loss_rows(
     stride_a = (0, advantages.stride(0)) if advantages.dim() == 1 else advantages.stride()
     dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
     scale, inv_temperature, inv_cap = softmax_factors(config.temperature, softcap)
-    aligned = is_aligned(vocab, x.dtype) if dx is None else is_aligned(vocab, x.dtype, dx.dtype)
-    block, threads = launch_config(vocab, x.dtype)
+    width = load_width(vocab, *(tensor.dtype for tensor in (x, dx) if tensor is not None))
+    block, threads = launch_config(vocab, x.dtype, softcap is not None)
     with torch.cuda.device_of(x):
         policy_loss_kernel[(tokens.numel(),)](
             x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, weights,
@@ -158,7 +156,7 @@ def policy_loss_rows(
             (float(config.eps_low), float(config.eps_high), float(dual_clip)),
             OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
             READ_IDLE=entropy == "all", ENTROPY=entropy != "none", CAPPED=softcap is not None,
-            V=vocab, ALIGNED=aligned, BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
+            V=vocab, WIDTH=width, BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
         )  # fmt: skip
     if dx is not dlogits:
         dlogits.copy_(dx)
@@ -175,7 +173,7 @@ def scale_gradient(dlogits: torch.Tensor, factor: torch.Tensor) -> None:
         with torch.cuda.device_of(dx):
             scale_kernel[(rows,)](
                 dx, stride_b, stride_t, factor, T,
-                V=vocab, ALIGNED=is_aligned(vocab, dx.dtype), BLOCK=block, num_warps=num_warps(threads),
+                V=vocab, WIDTH=load_width(vocab, dx.dtype), BLOCK=block, num_warps=num_warps(threads),
             )  # fmt: skip
     if dx is not dlogits:
         dlogits.copy_(dx)

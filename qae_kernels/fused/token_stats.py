@@ -10,8 +10,8 @@ Exponentials are base 2, with log2(e) and 1/temperature folded into one factor `
 one EX2 make a term. Everything is relative to `peak`, the rounded product of the row maximum and `scale`; because the
 same rounded number is subtracted everywhere, large common offsets (to 1e9) cost no accuracy. A tile is read as a line
 and looked at as [loads, threads, width], as the compiler deals it out: each thread owns whole loads of 16 bytes (of one
-element in unaligned rows), reduces them without leaving itself, rescales its running sums once per tile, and the
-threads meet once, at the end of the row.
+element in unaligned rows; two loads where a gradient of half the size is written), reduces them without leaving itself,
+rescales its running sums once per tile, and the threads meet once, at the end of the row.
 
 x, dx: [B, T, V] with any strides of B and T and stride 1 in V (flat [N, V]: B = 1, T = N). Row r is (r // T, r % T).
 Per-row vectors [N] are contiguous. Backward keeps per row: peak, log2_sum (f32, in units of `NATS`) and the entropy.
@@ -29,14 +29,14 @@ LN2 = tl.constexpr(math.log(2))
 LOWEST = tl.constexpr(-1e30)  # stands for -inf where -inf - -inf or 0 * inf would be NaN
 
 # Sums of a row must not depend on the rows around it. The compiler lays a tile out by what it knows of the addresses,
-# so it is told of strides and sizes only what follows from V (`ALIGNED`), and does not specialise on their values.
+# so it is told of strides and sizes only what follows from V (`WIDTH`), and does not specialise on their values.
 
 
 @triton.jit
-def row_start(ptr, row, stride_b, stride_t, T, ALIGNED: tl.constexpr):
-    """Pointer to element 0 of a row, with 64-bit arithmetic: N * V may exceed 2^31. ALIGNED: see `is_aligned`."""
+def row_start(ptr, row, stride_b, stride_t, T, WIDTH: tl.constexpr):
+    """Pointer to element 0 of a row, with 64-bit arithmetic: N * V may exceed 2^31. WIDTH: see `load_width`."""
     offset = (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
-    if ALIGNED:
+    if WIDTH > 1:
         offset = tl.multiple_of(offset, 128 // ptr.dtype.element_ty.primitive_bitwidth)
     return ptr + offset
 
@@ -69,9 +69,8 @@ def _accumulate(x, peak, total, weighted, scale, ENTROPY: tl.constexpr, CLAMP: t
 
 @triton.jit
 def _row_sums(x_ptr, scale, inv_cap, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, CAPPED: tl.constexpr,
-              V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+              V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """The state of a whole row: (peak, total, weighted). Without CLAMP an infinite logit makes weighted NaN."""
-    WIDTH: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     TILE: tl.constexpr = (BLOCK // THREADS // WIDTH, THREADS, WIDTH)
     MAIN: tl.constexpr = V // BLOCK * BLOCK
     offs = tl.arange(0, BLOCK)
@@ -96,16 +95,16 @@ def _row_sums(x_ptr, scale, inv_cap, ENTROPY: tl.constexpr, CLAMP: tl.constexpr,
 
 @triton.jit
 def row_statistics(x_ptr, scale, inv_cap, ENTROPY: tl.constexpr, CAPPED: tl.constexpr, V: tl.constexpr,
-                   ALIGNED: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+                   WIDTH: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """Returns peak, log2_sum and the entropy in nats (0 without ENTROPY): log2 sum 2^(x scale) = peak + log2_sum.
 
     A clamp per element would make -inf logits harmless (0 * -inf is NaN) at the price of one instruction in nine. Rows
     that hold such logits are rare: they show by their NaN, and are read once more with the clamp.
     """
-    peak, total, weighted = _row_sums(x_ptr, scale, inv_cap, ENTROPY, False, CAPPED, V, ALIGNED, BLOCK, THREADS)
+    peak, total, weighted = _row_sums(x_ptr, scale, inv_cap, ENTROPY, False, CAPPED, V, WIDTH, BLOCK, THREADS)
     if ENTROPY:
         if weighted != weighted:
-            peak, total, weighted = _row_sums(x_ptr, scale, inv_cap, ENTROPY, True, CAPPED, V, ALIGNED, BLOCK, THREADS)
+            peak, total, weighted = _row_sums(x_ptr, scale, inv_cap, ENTROPY, True, CAPPED, V, WIDTH, BLOCK, THREADS)
     log2_sum = tl.log2(total)
     entropy = tl.zeros([], tl.float32)
     if ENTROPY:
@@ -194,7 +193,7 @@ def write_zero_row(dx_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_x_b", "stride_x_t", "T"])
 def token_logprobs_kernel(
     x_ptr, stride_x_b, stride_x_t, tokens_ptr, mask_ptr, logprobs_ptr, entropy_ptr, peak_ptr, log2_sum_ptr,
-    T, scale, inv_cap, CAPPED: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    T, scale, inv_cap, CAPPED: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -202,9 +201,9 @@ def token_logprobs_kernel(
         tl.store(logprobs_ptr + row, 0.0)
         tl.store(entropy_ptr + row, 0.0)
     else:
-        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
+        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, WIDTH)
         target = target_logit(x_row, tl.load(tokens_ptr + row), inv_cap, CAPPED, V)
-        peak, log2_sum, entropy = row_statistics(x_row, scale, inv_cap, True, CAPPED, V, ALIGNED, BLOCK, THREADS)
+        peak, log2_sum, entropy = row_statistics(x_row, scale, inv_cap, True, CAPPED, V, WIDTH, BLOCK, THREADS)
         tl.store(logprobs_ptr + row, target_logprob(target, peak, log2_sum, scale))
         tl.store(entropy_ptr + row, entropy)
         tl.store(peak_ptr + row, peak)
@@ -215,16 +214,16 @@ def token_logprobs_kernel(
 def token_logprobs_backward_kernel(
     x_ptr, stride_x_b, stride_x_t, dx_ptr, stride_dx_b, stride_dx_t, tokens_ptr, mask_ptr, peak_ptr, log2_sum_ptr,
     entropy_ptr, dlogprobs_ptr, dentropy_ptr, T, scale, inv_temperature, inv_cap,
-    CAPPED: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T, ALIGNED)
+    dx_row = row_start(dx_ptr, row, stride_dx_b, stride_dx_t, T, WIDTH)
     dlogp = tl.load(dlogprobs_ptr + row)
     dentropy = tl.load(dentropy_ptr + row)
     if (tl.load(mask_ptr + row) == 0) | ((dlogp == 0) & (dentropy == 0)):
         write_zero_row(dx_row, V, BLOCK)
     else:
-        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, ALIGNED)
+        x_row = row_start(x_ptr, row, stride_x_b, stride_x_t, T, WIDTH)
         token = tl.load(tokens_ptr + row)
         target = target_logit(x_row, token, inv_cap, CAPPED, V)
         write_row_gradient(x_row, dx_row, token, target, tl.load(peak_ptr + row), tl.load(log2_sum_ptr + row),
@@ -232,14 +231,14 @@ def token_logprobs_backward_kernel(
                            CAPPED, V, BLOCK)  # fmt: skip
 
 
-def launch_config(vocab: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK, THREADS), decided by vocabulary and dtype only: the same row always takes the same path.
+def launch_config(vocab: int, dtype: torch.dtype, capped: bool = False) -> tuple[int, int]:
+    """(BLOCK, THREADS), decided by vocabulary, dtype and cap only: the same row always takes the same path.
 
     A thread has 64 bytes of a row in flight at a time, a multiprocessor 1024 threads. They work on one row of 300 KB
     or on several shorter ones, so that the second pass may find the rows in flight in the L2 cache (not measured yet).
     """
     row_bytes = vocab * dtype.itemsize
-    most = 1024 if warp_size() == 32 else 512  # with 64 the compiler spills a few registers of 1024 threads
+    most = 512 if capped or warp_size() == 64 else 1024  # of 1024 the compiler would spill a few registers then
     threads = min(most, 32 * triton.next_power_of_2(max(1, row_bytes // 10_240)))  # 10 to 20 KB of a row for 32 threads
     return threads * 64 // dtype.itemsize, threads
 
@@ -253,9 +252,11 @@ def warp_size() -> int:
     return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
 
 
-def is_aligned(vocab: int, *dtypes: torch.dtype) -> bool:
-    """Whether every row of a contiguous [N, V] starts at a multiple of 16 bytes; then loads are 128 bits wide."""
-    return all(vocab * dtype.itemsize % 16 == 0 for dtype in dtypes)
+def load_width(vocab: int, *dtypes: torch.dtype) -> int:
+    """Neighbouring elements that one thread takes: 16 bytes of the narrowest dtype, if every row of a contiguous [N, V]
+    starts at a multiple of 16 bytes in all of them; else 1."""
+    aligned = all(vocab * dtype.itemsize % 16 == 0 for dtype in dtypes)
+    return 16 // min(dtype.itemsize for dtype in dtypes) if aligned else 1
 
 
 def new_gradient(logits: torch.Tensor) -> torch.Tensor:
@@ -268,7 +269,7 @@ def is_addressable(x: torch.Tensor) -> bool:
     if x.shape[-1] != 1 and x.stride(-1) != 1:
         return False
     strides_fit = all(step * x.itemsize % 16 == 0 for step in x.stride()[:-1])
-    return not is_aligned(x.shape[-1], x.dtype) or (strides_fit and x.data_ptr() % 16 == 0)
+    return load_width(x.shape[-1], x.dtype) == 1 or (strides_fit and x.data_ptr() % 16 == 0)
 
 
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
@@ -295,12 +296,12 @@ def token_logprobs_rows(
     vocab = x.shape[-1]
     outputs = tuple(torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(4))
     scale, _, inv_cap = softmax_factors(temperature, softcap)
-    block, threads = launch_config(vocab, x.dtype)
+    block, threads = launch_config(vocab, x.dtype, softcap is not None)
     if tokens.numel():
         with torch.cuda.device_of(x):
             token_logprobs_kernel[(tokens.numel(),)](
                 x, stride_b, stride_t, tokens.contiguous(), mask.contiguous(), *outputs, T, scale, inv_cap,
-                CAPPED=softcap is not None, V=vocab, ALIGNED=is_aligned(vocab, x.dtype), BLOCK=block, THREADS=threads,
+                CAPPED=softcap is not None, V=vocab, WIDTH=load_width(vocab, x.dtype), BLOCK=block, THREADS=threads,
                 num_warps=num_warps(threads),
             )  # fmt: skip
     return outputs
@@ -318,12 +319,12 @@ def token_logprobs_gradient(
     dx, dstride_b, dstride_t = (x, stride_b, stride_t) if dlogits is logits else as_rows(dlogits)[:3]
     per_row = (v.contiguous() for v in (tokens, mask, peak, log2_sum, entropy, dlogprobs, dentropy))
     scale, inv_temperature, inv_cap = softmax_factors(temperature, softcap)
-    block, threads = launch_config(vocab, x.dtype)
+    block, threads = launch_config(vocab, x.dtype, softcap is not None)
     if tokens.numel():
         with torch.cuda.device_of(x):
             token_logprobs_backward_kernel[(tokens.numel(),)](
                 x, stride_b, stride_t, dx, dstride_b, dstride_t, *per_row, T, scale, inv_temperature, inv_cap,
-                CAPPED=softcap is not None, V=vocab, ALIGNED=is_aligned(vocab, x.dtype, dx.dtype), BLOCK=block,
+                CAPPED=softcap is not None, V=vocab, WIDTH=load_width(vocab, x.dtype, dx.dtype), BLOCK=block,
                 num_warps=num_warps(threads),
             )  # fmt: skip
     if dx is not dlogits:
