@@ -5,10 +5,11 @@
     python -m qae_kernels.validate --backend torch        the PyTorch path
     python -m qae_kernels.validate --vocab 32000 --dtype bfloat16 --json result.json
 
-Advantages, policy loss (every preset, every layout) and token_logprobs are compared with the float64 reference, values
-and gradients, beside plain PyTorch in the same dtype; and what must be exact is: zero-credit gradients, repeats, a row
-alone against the same row in a batch. A line is the worst case of its kind; --json holds them all. Exits with 1 if one
-is out of its limit. Triton's interpreter truncates to bfloat16 where a GPU rounds: gradients look worse there.
+Advantages, policy loss (every preset, every layout) and token_logprobs, and the latter two from hidden states, are
+compared with the float64 reference, values and gradients, beside plain PyTorch in the same dtype; and what must be exact
+is: zero-credit gradients, repeats, a row alone against the same row in a batch. A line is the worst case of its kind;
+--json holds them all. Exits with 1 if one is out of its limit. Triton's interpreter truncates to bfloat16 where a GPU
+rounds: gradients look worse there.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ LENGTHS = (3, 2, 3, 1)  # of the four responses
 ADVANTAGES = (1.5, 0.0, -0.5, -2.0)
 STATISTICS_LIMIT = 1e-5
 GRADIENT_LIMIT = 2e-5  # or one step of the dtype that holds the gradient
+HEADS = {"plain": {}, "bias, scale, soft cap": {"logit_scale": 0.5, "logit_softcap": 5.0}}
+HIDDEN_SIZE = 48
 
 
 @dataclass(frozen=True)
@@ -239,6 +242,65 @@ def token_logprobs_results(device: torch.device, backend: str, vocab: int, dtype
                           exact[quantity], limits(dtype)[quantity], plain[quantity])  # fmt: skip
 
 
+def linear_results(device: torch.device, backend: str, vocab: int, dtype_name: str) -> Iterator[Result]:
+    """The same from hidden states and the weight of a head, in chunks of three rows."""
+    from .ops import linear_policy_loss, linear_token_logprobs
+    from .reference.linear_head import head_logits
+    from .reference.policy_loss import policy_loss
+    from .reference.token_stats import token_logprobs
+
+    dtype, generator = DTYPES[dtype_name], torch.Generator().manual_seed(1)
+    inputs = Inputs.make(vocab, dtype, device, 1.0, "packed")
+    tokens, upstream = inputs.tokens, torch.linspace(-1, 1, inputs.tokens.numel(), device=device)
+    shapes = {"hidden": (len(tokens), HIDDEN_SIZE), "weight": (vocab, HIDDEN_SIZE), "bias": (vocab,)}
+    head = {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+    head["weight"] *= 0.4
+    settings = {"max_chunk_bytes": 3 * 6 * vocab, "backend": backend}
+    for case, options in HEADS.items():
+        exact_logprobs, _ = token_logprobs(head_logits(**{k: x.double() for k, x in head.items()}, **options), tokens)
+        shift = torch.tensor([0.4, -0.5, 0.1], device=device).repeat(len(tokens))[: len(tokens)]
+        old = (exact_logprobs - shift).float()  # ratios inside and outside of the clip
+
+        def loss(hidden, weight, bias, options=options, old=old):
+            out = linear_policy_loss(hidden, weight, tokens, inputs.advantages, bias=bias, old_logprobs=old, **options,
+                                     **settings)  # fmt: skip
+            return {"loss": out.loss, "logprobs": out.logprobs, "entropy": out.entropy}
+
+        def exact_loss(hidden, weight, bias, options=options, old=old):
+            logits = head_logits(hidden, weight, bias, **options)
+            weights = token_weights(inputs.mask, "token-mean", dtype=logits.dtype)
+            values = policy_loss(logits, tokens, inputs.advantages.to(logits.dtype), weights,
+                                 old_logprobs=old.to(logits.dtype), config=PRESETS["dapo"])  # fmt: skip
+            return dict(zip(("loss", "logprobs", "entropy"), values, strict=True))
+
+        def statistics(hidden, weight, bias, options=options):
+            logprobs, entropy = linear_token_logprobs(hidden, weight, tokens, bias=bias, **options, **settings)
+            return {"loss": (upstream * logprobs + upstream.flip(0) * entropy).sum(), "logprobs": logprobs,
+                    "entropy": entropy}  # fmt: skip
+
+        def exact_statistics(hidden, weight, bias, options=options):
+            logprobs, entropy = token_logprobs(head_logits(hidden, weight, bias, **options), tokens)
+            return {"loss": (upstream * logprobs + upstream.flip(0) * entropy).sum(), "logprobs": logprobs,
+                    "entropy": entropy}  # fmt: skip
+
+        for name, ours, truth in (("policy_loss", loss, exact_loss), ("logprobs", statistics, exact_statistics)):
+            results = []
+            for compute, precision in ((ours, dtype), (truth, torch.float64), (truth, torch.float32)):
+                leaves = {k: x.to(precision, copy=True).requires_grad_() for k, x in head.items()}
+                values = compute(**leaves)
+                values["loss"].backward()
+                gradients = {f"gradient of {k}": x.grad for k, x in leaves.items()}
+                results.append({k: x.detach() for k, x in values.items()} | gradients)
+            got, exact, plain = results
+            for quantity, value in got.items():
+                limit = limits(dtype)["gradient" if quantity.startswith("gradient") else quantity]
+                scale = (
+                    None if quantity != "loss" else (inputs.advantages if name == "policy_loss" else exact["logprobs"])
+                )
+                yield compare(f"linear_{name} V={vocab} {dtype_name}", quantity, case, value, exact[quantity], limit,
+                              plain[quantity], scale)  # fmt: skip
+
+
 def print_table(results: list[Result]) -> None:
     """One line for each kind and quantity: the case that came closest to its limit, or furthest out."""
     print(
@@ -279,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = list(advantages_results(device, options.backend, sizes))
     for vocab in vocabularies:
         for dtype in dtypes:
-            for part in (policy_loss_results, invariance_results, token_logprobs_results):
+            for part in (policy_loss_results, invariance_results, token_logprobs_results, linear_results):
                 results += part(device, options.backend, vocab, dtype)
     print_table(results)
     failures = sum(not r.passed for r in results)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import qae_kernels.chunked.policy_loss
+import qae_kernels.linear_head
 import qae_kernels.reference.advantages
 from qae_kernels.validate import CONFIGS, LAYOUTS, compare, main
 
