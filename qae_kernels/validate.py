@@ -6,9 +6,9 @@
     python -m qae_kernels.validate --vocab 32000 --dtype bfloat16 --json result.json
 
 Advantages, policy loss (every preset, every layout) and token_logprobs, and the latter two from hidden states, are
-compared with the float64 reference, values and gradients, beside plain PyTorch in the same dtype; and what must be exact
-is: zero-credit gradients, repeats, a row alone against the same row in a batch. A line is the worst case of its kind;
---json holds them all. Exits with 1 if one is out of its limit. Triton's interpreter truncates to bfloat16 where a GPU
+compared with the float64 reference, values and gradients, beside plain PyTorch in the same dtype; and what must be
+exact is: zero-credit gradients, repeats, a row alone against the same row in a batch. A line is the worst case of its
+kind; --json holds them all. Exits with 1 if one is out of its limit. Triton's interpreter truncates to bfloat16 where a GPU
 rounds: gradients look worse there.
 """
 
@@ -297,7 +297,7 @@ def linear_results(device: torch.device, backend: str, vocab: int, dtype_name: s
                 scale = (
                     None if quantity != "loss" else (inputs.advantages if name == "policy_loss" else exact["logprobs"])
                 )
-                yield compare(f"linear_{name} V={vocab} {dtype_name}", quantity, case, value, exact[quantity], limit,
+                yield compare(f"linear {name} V={vocab} {dtype_name}", quantity, case, value, exact[quantity], limit,
                               plain[quantity], scale)  # fmt: skip
 
 

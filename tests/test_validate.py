@@ -60,6 +60,7 @@ def test_pytorch_path_passes():
         (qae_kernels.chunked.policy_loss, "new_gradient", lambda x: torch.full_like(x, 1e-30), "zero-credit"),
         (qae_kernels.chunked.policy_loss, "row_statistics", of_the_whole_batch, "other bits alone"),
         (qae_kernels.chunked.policy_loss, "token_losses", noisy, "other bits on repeat"),
+        (qae_kernels.linear_head, "before_scaling", lambda temperature, scale, cap: (temperature, cap), "linear"),
     ],
 )
 def test_a_wrong_kernel_fails(monkeypatch, capsys, module, name, wrong, case):
