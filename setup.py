@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["qae_kernels", "qae_kernels.*"]),
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.10",
         "numpy",
         # A CUDA build of torch brings the Triton it was built for; a CPU build brings none.
         "triton>=3.6; platform_system == 'Linux'",
@@ -28,7 +28,7 @@ setup(
         "bench": ["pytest", "pytest-benchmark", "matplotlib"],
         # What the benchmarks compare with, where it is installed. flash-attn and verl too, if they are there: see
         # bench/peers.py.
-        "peers": ["liger-kernel>=0.8.5", "trl>=1.16"],
+        "peers": ["liger-kernel>=0.8.5", "trl>=1.16", "cut-cross-entropy>=25.1.1"],
         "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "pytest-cov", "hypothesis", "ruff", "pre-commit"],
     },
     classifiers=[

@@ -8,8 +8,8 @@
 Advantages, policy loss (every preset, every layout) and token_logprobs, and the latter two from hidden states, are
 compared with the float64 reference, values and gradients, beside plain PyTorch in the same dtype; and what must be
 exact is: zero-credit gradients, repeats, a row alone against the same row in a batch. A line is the worst case of its
-kind; --json holds them all. Exits with 1 if one is out of its limit. Triton's interpreter truncates to bfloat16 where a GPU
-rounds: gradients look worse there.
+kind; --json holds them all. Exits with 1 if one is out of its limit. Triton's interpreter truncates to bfloat16 where a
+GPU rounds: gradients look worse there.
 """
 
 from __future__ import annotations

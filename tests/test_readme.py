@@ -18,14 +18,20 @@ def test_table_is_that_of_the_results_file():
     assert f"{result['steps']} steps each" in README and f"{result['seconds']:.0f} s in all" in README
 
 
-def test_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_examples_run(capsys):
+    from_logits, from_hidden = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
-    exec(example, names)
+    exec(from_logits, names)
     printed = capsys.readouterr().out
     assert "tensor(0.7500)" in printed
     assert names["logits"].grad[[0, 1, 2, 4, 5, 6]].eq(0).all() and names["logits"].grad[[3, 7]].ne(0).any()
     assert torch.isfinite(names["output"].loss)
+    exec(from_hidden, names)
+    trained = [False, False, False, True, False, False, False, True]
+    assert capsys.readouterr().out == f"tensor([3, 7]) 1.0 {torch.tensor(trained)}\n"
+    dense = names["hidden"].detach().requires_grad_()
+    names["policy_loss"](dense @ names["weight"].T, names["tokens"], names["advantages"].advantages).loss.backward()
+    torch.testing.assert_close(names["hidden"].grad, dense.grad)
 
 
 def test_files_it_names_exist():
