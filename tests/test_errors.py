@@ -198,6 +198,29 @@ def test_inplace_needs_a_contiguous_vocabulary(backend, device):
     assert (logits == before).all()
 
 
+def test_inplace_with_one_token_and_any_stride(backend, device):
+    logits = torch.zeros(16, 1, device=device).requires_grad_()
+    view = torch.as_strided(logits * 1, (16, 1), (1, 7))
+    out = policy_loss(view, torch.zeros(16, dtype=torch.long, device=device), torch.ones(16, device=device),
+                      inplace=True, backend=backend)  # fmt: skip
+    out.loss.backward()
+    assert out.loss == -1
+
+
+@pytest.mark.parametrize("name", ["advantages", "rollout_weights"])
+def test_values_that_may_be_of_tokens_or_of_responses(name, device):
+    """As many tokens as responses, one of them empty: N values could mean either. With a token in each both agree."""
+    batch = make_batch(V, device=device, lengths=(2, 0, 1))
+    values = {"advantages": batch.advantages, "rollout_weights": None, name: torch.ones(3, device=device)}
+    arguments = {"cu_seqlens": batch.cu_seqlens, "validate": True}
+    if name == "rollout_weights":
+        values["advantages"] = torch.ones(3, device=device)
+    with pytest.raises(ValueError, match=r"has shape \(3,\), and cu_seqlens describes 3 responses of 3 tokens"):
+        policy_loss(batch.logits, batch.tokens, **values, **arguments)
+    arguments["cu_seqlens"] = torch.arange(4, device=device)
+    policy_loss(batch.logits, batch.tokens, **values, **arguments)
+
+
 def test_inplace_needs_rows_of_their_own(backend, device):
     logits = torch.randn(1, 16, device=device).expand(7, 16)
     arguments = {"tokens": torch.zeros(7, dtype=torch.long, device=device), "advantages": torch.ones(7, device=device)}
