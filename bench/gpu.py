@@ -59,6 +59,8 @@ def steps(out: Path, scratch: Path) -> dict[str, Step]:
         "policy_loss": bench("policy_loss", 120, "policy_loss", "--repeats", "20"),
         "token_logprobs": bench("token_logprobs", 60, "token_logprobs", "--repeats", "20"),
         "advantages": bench("advantages", 40, "advantages", "--repeats", "20"),
+        "linear": bench("linear", 120, "linear", "--sweep"),
+        "step": bench("step", 120, "step", "--model", "1.7b"),
         "tests": Step([*pytest, *parallel, "--ignore", PROPERTIES], 220),
         "sweep": bench("sweep", 120, "policy_loss", "--sweep", "--without", "torch.compile"),
         "codegen": Step(["-m", "bench.codegen", "--json", str(out / "codegen.json")], 60),

@@ -1,8 +1,10 @@
 """Checks every contestant of a comparison against the float64 reference, then times them in turn, in one run.
 
-A time is from the first launch to the last result: CUDA events on a GPU, with the L2 cache flushed before; the clock on
-a CPU. What a contestant writes over is prepared anew before each run, outside of the time. A contestant that fails, by
-a wrong answer or by running out of memory, leaves a row that says so, and the others go on.
+A time is from the first launch to the last result: CUDA events on a GPU, with the L2 cache flushed before; on a CPU the
+clock, and beside it the CPU time of all threads, which other programs on the machine disturb less. A ratio that has a
+goal is the median of the ratios of runs that followed one another. What a contestant writes over is prepared anew
+before each run, outside of the time. A contestant that fails, by a wrong answer or by running out of memory, leaves a
+row that says so, and the others go on.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 
-from . import peers
+from . import memory, peers
 
 WARM_UPS = 2
 FLUSH_BYTES = 256 * 2**20  # more than any L2
@@ -34,6 +36,14 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Times:
+    """Of one run, in milliseconds."""
+
+    ms: float
+    cpu_ms: float | None = None  # of all threads of this process together; None on a GPU
+
+
+@dataclass(frozen=True)
 class Contestant:
     """`run(prepare())` is the work; only `run` is timed."""
 
@@ -42,6 +52,17 @@ class Contestant:
     delivers: str = ""  # a peer is compared with the one of ours that delivers the same
     floor_bytes: int | None = None  # that have to move for it: each input read once, each output written once
     capturable: bool = False  # its time on the device alone, from a CUDA graph, is reported too
+    facts: Row = field(default_factory=dict)  # of this contestant, for the results file
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The time of `contestant` is to be at most `at_most` times that of `relative_to`, in the same run; None: the ratio
+    is of interest, and there is no such goal."""
+
+    contestant: str
+    relative_to: str
+    at_most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,45 +74,62 @@ class Comparison:
     check: Callable[[str, Any], dict[str, float]]  # (name, result) -> errors; raises AssertionError if one is too large
     facts: Row = field(default_factory=dict)  # shape and such, for the results file
     missing: dict[str, str] = field(default_factory=dict)  # who cannot take part, and why
+    goals: tuple[Goal, ...] = ()
+    # Makes the contestant of a name anew in a fresh process, to measure its memory on a CPU; None: it is not measured.
+    remake: Callable[[str], Contestant] | None = None
+    timed: bool = True  # False: checked and measured for memory alone
+    warm_ups: int = WARM_UPS  # beside the run that is checked
 
 
 def compare(comparison: Comparison, device: torch.device, repeats: int) -> list[Row]:
     """Checks, then times the contestants in turn, `repeats` times. One row per contestant, the missing ones too."""
     about = {"benchmark": comparison.name, **comparison.facts}
     rows = {
-        name: {**about, "contestant": name, "delivers": contestant.delivers, "floor_bytes": contestant.floor_bytes}
+        name: {
+            **about, **contestant.facts, "contestant": name, "delivers": contestant.delivers,
+            "floor_bytes": contestant.floor_bytes,
+        }
         for name, contestant in comparison.contestants.items()
-    }
-    times: dict[str, list[float]] = {}
+    }  # fmt: skip
+    times: dict[str, list[Times]] = {}
     for name, contestant in comparison.contestants.items():
         try:
             rows[name]["errors"] = comparison.check(name, contestant.run(contestant.prepare()))
-            rows[name]["extra_memory_bytes"] = extra_memory(contestant, device)
-            times[name] = []
+            rows[name]["extra_memory_bytes"] = extra_memory(comparison, name, device)
+            if comparison.timed:
+                times[name] = []
         except Exception as error:
             rows[name]["failed"] = in_one_line(error)
         free_memory(device)
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
-    for repeat in range(WARM_UPS + repeats):
+    for repeat in range(comparison.warm_ups + repeats):
         for name in list(times):
             try:
-                elapsed_ms = timed(comparison.contestants[name], device, flush)
+                elapsed = timed(comparison.contestants[name], device, flush)
             except Exception as error:
                 rows[name]["failed"] = in_one_line(error)
                 del times[name]
                 free_memory(device)
                 continue
-            if repeat >= WARM_UPS:
-                times[name].append(elapsed_ms)
+            if repeat >= comparison.warm_ups:
+                times[name].append(elapsed)
     for name, values in times.items():
-        low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
-        rows[name] |= {"median_ms": statistics.median(values), "p20_ms": low, "p80_ms": high, "repeats": repeats}
+        low, *_, high = statistics.quantiles((x.ms for x in values), n=5, method="inclusive")
+        median_ms = statistics.median(x.ms for x in values)
+        rows[name] |= {"median_ms": median_ms, "p20_ms": low, "p80_ms": high, "repeats": repeats}
+        if device.type == "cpu":
+            rows[name]["cpu_ms"] = statistics.median(x.cpu_ms for x in values)
         if comparison.contestants[name].capturable and device.type == "cuda":
             try:
                 rows[name]["device_ms"] = graph_ms(comparison.contestants[name], repeats)
             except Exception as error:
                 rows[name]["device_failed"] = in_one_line(error)
     add_ratios(list(rows.values()))
+    for goal in comparison.goals:
+        if goal.contestant in times and goal.relative_to in times:
+            rows[goal.contestant].setdefault("goals", []).append(
+                reached(goal, times[goal.contestant], times[goal.relative_to])
+            )
     absent = [{**about, "contestant": name, "missing": reason} for name, reason in comparison.missing.items()]
     return [*rows.values(), *absent]
 
@@ -105,20 +143,30 @@ def add_ratios(rows: list[Row]) -> None:
             row |= {"times_ours": row["median_ms"] / same["median_ms"], "ours": same["contestant"]}
 
 
-def timed(contestant: Contestant, device: torch.device, flush: torch.Tensor) -> float:
-    """Milliseconds of one run."""
+def reached(goal: Goal, times: list[Times], reference: list[Times]) -> Row:
+    """How the two compare, run by run."""
+    pairs = list(zip(times, reference, strict=True))
+    row = {"relative_to": goal.relative_to, "at_most": goal.at_most}
+    row["ratio"] = statistics.median(a.ms / b.ms for a, b in pairs)
+    if all(x.cpu_ms for pair in pairs for x in pair):
+        row["cpu_ratio"] = statistics.median(a.cpu_ms / b.cpu_ms for a, b in pairs)
+    return row
+
+
+def timed(contestant: Contestant, device: torch.device, flush: torch.Tensor) -> Times:
+    """Of one run."""
     prepared = contestant.prepare()
     if device.type != "cuda":
-        begin_s = time.perf_counter()
+        begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
         contestant.run(prepared)
-        return (time.perf_counter() - begin_s) * 1e3
+        return Times((time.perf_counter() - begin_s) * 1e3, (time.process_time() - begin_cpu_s) * 1e3)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
     begin.record()
     contestant.run(prepared)
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end)
+    return Times(begin.elapsed_time(end))
 
 
 def graph_ms(contestant: Contestant, repeats: int) -> float:
@@ -130,14 +178,15 @@ def graph_ms(contestant: Contestant, repeats: int) -> float:
             contestant.run(prepared)
     replay = Contestant(lambda _: graph.replay())
     no_flush = torch.empty(0, dtype=torch.int8, device="cuda")
-    times = [timed(replay, torch.device("cuda"), no_flush) for _ in range(WARM_UPS + repeats)]
+    times = [timed(replay, torch.device("cuda"), no_flush).ms for _ in range(WARM_UPS + repeats)]
     return statistics.median(times[WARM_UPS:]) / GRAPH_RUNS
 
 
-def extra_memory(contestant: Contestant, device: torch.device) -> int | None:
-    """Peak bytes that one run allocates beyond what was there before it, its result included; None on a CPU."""
+def extra_memory(comparison: Comparison, name: str, device: torch.device) -> int | None:
+    """Peak bytes that one run takes beyond what was there before it, its result included; None: not measured."""
     if device.type != "cuda":
-        return None
+        return None if comparison.remake is None else memory.in_fresh_process(comparison.remake, name)
+    contestant = comparison.contestants[name]
     prepared = contestant.prepare()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -176,7 +225,7 @@ def copy_gb_per_s(device: torch.device) -> float:
     source = torch.ones(COPY_BYTES[device.type] // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     copy = Contestant(lambda _: target.copy_(source))
-    times = [timed(copy, device, target[:0].view(torch.int8)) for _ in range(WARM_UPS + 10)]
+    times = [timed(copy, device, target[:0].view(torch.int8)).ms for _ in range(WARM_UPS + 10)]
     return 2 * source.nbytes / statistics.median(times[WARM_UPS:]) / 1e6
 
 

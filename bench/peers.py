@@ -21,10 +21,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PACKAGES = ("liger_kernel", "trl", "flash_attn", "verl", "transformers")
+PACKAGES = ("liger_kernel", "trl", "cut_cross_entropy", "flash_attn", "verl", "transformers")
 EPS_LOW, EPS_HIGH = 0.2, 0.28  # PRESETS["dapo"]
 ADVANTAGE_EPS = 1e-6  # added to the std
 CLIP_MARGIN = 1e-3  # no log-ratio of a random problem is nearer to a clip bound: there float32 may fall on either side
+
+
+def random_responses(
+    rows: int, vocab: int, zero_credit: float, log_ratio_std: float, draw: torch.Generator,
+    clip_margin: float = CLIP_MARGIN,
+) -> tuple[tuple[int, int], Tensor, Tensor, Tensor]:  # fmt: skip
+    """(shape [B, T], tokens, advantages [B], log-ratios) of `rows` in equal responses, as many as 64 if that divides;
+    `zero_credit` of the responses have advantage 0."""
+    random = functools.partial(torch.randn, generator=draw, device=draw.device)
+    responses = next(size for size in (64, 32, 16, 8, 4, 2, 1) if rows % size == 0)
+    shape = (responses, rows // responses)
+    tokens = torch.randint(vocab, shape, generator=draw, device=draw.device)
+    advantages = random(responses)
+    idle = torch.randperm(responses, generator=draw, device=draw.device)[: round(zero_credit * responses)]
+    advantages[idle] = 0
+    return shape, tokens, advantages, random_log_ratios(shape, log_ratio_std, draw, clip_margin)
+
+
+def random_log_ratios(shape: tuple[int, int], std: float, draw: torch.Generator, clip_margin: float) -> Tensor:
+    """0 in the place of those nearer to a clip bound than the margin."""
+    log_ratio = std * torch.randn(shape, generator=draw, device=draw.device)
+    bounds = torch.tensor([1 - EPS_LOW, 1 + EPS_HIGH], device=draw.device).log()
+    log_ratio[((log_ratio[..., None] - bounds).abs() < clip_margin).any(-1)] = 0
+    return log_ratio
 
 
 @dataclass(frozen=True)
@@ -41,19 +65,10 @@ class Problem:
         cls, rows: int, vocab: int, zero_credit: float = 0.0, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu", seed: int = 0, log_ratio_std: float = 0.1,
     ) -> Problem:  # fmt: skip
-        """`rows` in equal responses, as many as 64 if that divides; `zero_credit` of the responses have advantage 0."""
+        """See `random_responses`; logits have a std of 2."""
         draw = torch.Generator(device).manual_seed(seed)
-        random = functools.partial(torch.randn, generator=draw, device=device)
-        responses = next(size for size in (64, 32, 16, 8, 4, 2, 1) if rows % size == 0)
-        shape = (responses, rows // responses)
-        logits = random(*shape, vocab, dtype=dtype).mul_(2)
-        tokens = torch.randint(vocab, shape, generator=draw, device=device)
-        advantages = random(responses)
-        idle = torch.randperm(responses, generator=draw, device=device)[: round(zero_credit * responses)]
-        advantages[idle] = 0
-        log_ratio = log_ratio_std * random(shape)
-        bounds = torch.tensor([1 - EPS_LOW, 1 + EPS_HIGH], device=device).log()
-        log_ratio[((log_ratio[..., None] - bounds).abs() < CLIP_MARGIN).any(-1)] = 0
+        shape, tokens, advantages, log_ratio = random_responses(rows, vocab, zero_credit, log_ratio_std, draw)
+        logits = torch.randn(*shape, vocab, generator=draw, device=device, dtype=dtype).mul_(2)
         logprobs = torch.stack([
             x.float().log_softmax(-1).gather(-1, t[:, None])[:, 0] for x, t in zip(logits, tokens, strict=True)
         ])  # fmt: skip

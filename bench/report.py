@@ -16,6 +16,8 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from .bench_linear import GEMMS
+from .bench_step import DENSE
 from .harness import OURS, ROOT, Row
 
 RESULTS, README, DOCS = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs"
@@ -28,6 +30,8 @@ PROVEN = {
     "qae_kernels, entropy='none'": ("loss, entropy=none", "policy_loss, entropy=none"),
     "Liger": ("Liger, ", "Liger"), "TRL": ("TRL, ", "TRL"), "eager PyTorch": (None, "eager PyTorch"),
 }  # fmt: skip
+# Results files of a CPU that the README has tables of: what makes each.
+ON_CPU = {"linear_cpu": "python -m bench linear --sweep", "step_cpu": "python -m bench step"}
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 ON_GPU = "Triton kernels"  # what `about` says of a GPU's results
 FLOOR = "floor: the bytes that must move, at a copy's rate"
@@ -47,8 +51,8 @@ def stage(row: Row) -> str:
 
 
 def variation(row: Row) -> str:
-    """What distinguishes the column groups of one table."""
-    if "zero_credit" in row:
+    """What distinguishes the column groups of one table; whole steps have a contestant for each share instead."""
+    if "zero_credit" in row and stage(row) != "step":
         return f"zero credit {row['zero_credit']:.0%}" if row["zero_credit"] else "dense"
     return row.get("work", "")
 
@@ -56,18 +60,34 @@ def variation(row: Row) -> str:
 def title(row: Row) -> str:
     if "n" not in row:
         return row["benchmark"]
-    return f"{stage(row)}, N = {row['n']:,}, V = {row['vocab']:,}, {row['dtype']}"
+    dim = f", D = {row['dim']:,}" if "dim" in row else ""
+    return f"{stage(row)}, N = {row['n']:,}{dim}, V = {row['vocab']:,}, {row['dtype']}"
 
 
 def ms(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
+def ratio(goal: Row) -> float:
+    """Of CPU time where it was measured: that is disturbed least."""
+    return goal.get("cpu_ratio", goal["ratio"])
+
+
+def against(row: Row, reference: str) -> float | None:
+    """How many times the reference's time."""
+    return next((ratio(goal) for goal in row.get("goals", ()) if goal["relative_to"] == reference), None)
+
+
 def cells(row: Row | None, columns: list[str], ceiling_gb_per_s: float) -> list[str]:
     if row is None or "median_ms" not in row:
         return ["not measured" if row is None else "failed", *[""] * (len(columns) - 1)]
     share = (row["floor_bytes"] or 0) / row["median_ms"] / 1e6 / ceiling_gb_per_s
+    floor, dense = against(row, GEMMS), against(row, DENSE)
     values = {
+        "CPU ms": ms(row["cpu_ms"]) if "cpu_ms" in row else "",
+        "of the GEMMs": f"{floor:.2f}" if floor else "",
+        "of the dense step": f"{dense:.2f}" if dense else "",
+        "of the ideal saving": f"{row['active_share'] / dense:.0%}" if dense else "",
         "ms (p20 to p80)": f"{ms(row['median_ms'])} ({ms(row['p20_ms'])} to {ms(row['p80_ms'])})",
         "ms on the device": ms(row["device_ms"]) if "device_ms" in row else "",
         "of a copy": f"{share:.0%}" if row["floor_bytes"] else "",
@@ -82,6 +102,10 @@ def table(rows: list[Row], about: Row) -> str:
     measured = [row for row in rows if "missing" not in row]
     given = {
         "ms (p20 to p80)": True,
+        "CPU ms": any("cpu_ms" in row for row in measured),
+        "of the GEMMs": any(against(row, GEMMS) for row in measured),
+        "of the dense step": any(against(row, DENSE) for row in measured),
+        "of the ideal saving": any(against(row, DENSE) for row in measured),
         "ms on the device": any("device_ms" in row for row in measured),
         "of a copy": any(row["floor_bytes"] for row in measured),
         "times ours": True,
@@ -104,6 +128,51 @@ def table(rows: list[Row], about: Row) -> str:
             listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
             text += f"\n\n{word}: {listed}."
     return text
+
+
+def goals(rows: list[Row]) -> str:
+    """A line on the goals that the rows have, those that are missed too; "" if they have none."""
+
+    def where(row: Row) -> str:
+        return f"{row['contestant']}{', ' + variation(row) if variation(row) else ''}"
+
+    parts = []
+    for row in rows:
+        for goal in row.get("goals", ()):
+            if goal["at_most"] is not None:
+                outcome = "reached" if ratio(goal) <= goal["at_most"] else "missed"
+                parts.append(
+                    f"{where(row)}: {ratio(goal):.2f} of {goal['relative_to']}, at most {goal['at_most']:.2f} {outcome}"
+                )
+    limited = [row for row in rows if row.get("extra_memory_bytes") is not None and "extra_memory_goal_bytes" in row]
+    if limited:
+        most = max(limited, key=lambda row: row["extra_memory_bytes"])
+        found, limit = most["extra_memory_bytes"], most["extra_memory_goal_bytes"]
+        parts.append(
+            f"{where(most)}: {found / 1e6:,.0f} MB extra, the most of ours, at most {limit / 1e6:,.0f} "
+            f"{'reached' if found <= limit else 'missed'}"
+        )
+    of_cpu_time = any("cpu_ratio" in goal for row in rows for goal in row.get("goals", ()))
+    head = "Ratios are of CPU time, run by run. Goals" if of_cpu_time else "Goals"
+    return f"{head}: {'; '.join(parts)}." if parts else ""
+
+
+def memory_table(rows: list[Row]) -> str:
+    """Peak extra memory over N, dense: of the rows measured for that alone and of those timed at the same D and V."""
+    shape = next((row["dim"], row["vocab"], row["dtype"]) for row in rows if row.get("memory_only"))
+    found = {
+        (row["contestant"], row["n"]): row["extra_memory_bytes"]
+        for row in rows
+        if (row.get("dim"), row.get("vocab"), row.get("dtype")) == shape and not row["zero_credit"]
+        and row.get("extra_memory_bytes") is not None
+    }  # fmt: skip
+    sizes = sorted({n for _, n in found})
+    head = [f"linear, D = {shape[0]:,}, V = {shape[1]:,}, {shape[2]}, dense: peak extra MB"]
+    lines = [head + [f"N = {n:,}" for n in sizes], ["---"] * (1 + len(sizes))]
+    for contestant in dict.fromkeys(name for name, _ in found):
+        measured = (found.get((contestant, n)) for n in sizes)
+        lines.append([contestant, *("not measured" if x is None else f"{x / 1e6:,.0f}" for x in measured)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def origin(about: Row) -> str:
@@ -159,8 +228,14 @@ def block(results: list[Row], folder: Path = RESULTS) -> str:
             continue
         if result["about"]["paths"] != ON_GPU:
             parts.append("On a CPU, the PyTorch paths and not the Triton kernels:")
-        parts += [table(list(rows), result["about"]) for _, rows in groupby(result["rows"], key=title)]
+        timed = [row for row in result["rows"] if not row.get("memory_only")]
+        for rows in (list(group) for _, group in groupby(timed, key=title)):
+            parts += [text for text in (table(rows, result["about"]), goals(rows)) if text]
+        if len(timed) < len(result["rows"]):
+            parts.append(memory_table(result["rows"]))
         parts.append(origin(result["about"]))
+    measured = {result["file"] for result in results}
+    parts += [f"`{command}` on a CPU: not measured." for name, command in ON_CPU.items() if name not in measured]
     return "\n\n".join(parts)
 
 

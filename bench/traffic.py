@@ -37,6 +37,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 from triton.runtime.jit import JITFunction
 
 import qae_kernels as qae
+from qae_kernels.fused.policy_loss import policy_loss_rows
 
 from . import peers
 
@@ -236,6 +237,20 @@ def count_calls(problem: peers.Problem) -> dict[str, Counts]:
     return counts
 
 
+def count_linear_rows(problem: peers.Problem, entropy: str) -> Counts:
+    """The row kernel of `linear_policy_loss` on one chunk, dense: float32 logits, gradient in the problem's dtype."""
+    logits = problem.logits.detach().float()
+    dlogits = torch.empty_like(logits, dtype=problem.logits.dtype)
+    weights = torch.full(problem.tokens.shape, 1 / problem.tokens.numel())
+    advantages = problem.advantages[:, None].expand(problem.tokens.shape)
+    with count_as_on_gpu() as counts:
+        policy_loss_rows(
+            logits, dlogits, problem.tokens, weights, advantages, problem.old_logprobs, None, None,
+            qae.PRESETS["dapo"], entropy,
+        )  # fmt: skip
+    return counts
+
+
 # ---- The command
 
 COLUMNS = "{:<38}{:>9}{:>9}{:>12}{:>9}{:>9}{:>10}{:>7}"
@@ -286,6 +301,12 @@ def main() -> None:
                 if name in UPDATES:
                     raise
                 missing[name] = f"{type(error).__name__}: {error}"
+    inputs = problem(options.n, options.vocab, 0, DTYPES[options.dtype])
+    table = f"row kernel of linear_policy_loss, bytes per logit, {size}: float32 logits, gradient in {options.dtype}"
+    rows += [
+        row(table, f"entropy={entropy}", count_linear_rows(inputs, entropy), inputs.logits.numel())
+        for entropy in ("all", "none")
+    ]
     responses = 32 * GROUP_SIZE
     table = f"advantages, bytes per response, {responses} responses in groups of {GROUP_SIZE}"
     rows += [row(table, name, counts, responses) for name, counts in count_advantages(responses).items()]

@@ -1,12 +1,15 @@
 """How far a contestant is from the float64 reference, on every row, in chunks of rows that fit anywhere.
 
 Errors are the largest of a tensor relative to its largest value; that of the loss, a sum of terms of both signs,
-relative to the largest advantage. The limits are those of `python -m qae_kernels.validate`.
+relative to the largest advantage. The limits are those of `python -m qae_kernels.validate`. From hidden states a peer
+that rounds every logit to bfloat16 or float16 on the way could never meet them: such peers are timed within
+`rounded_logits_limits`, and their errors stand in the results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from qae_kernels import PRESETS
 from qae_kernels.reference.policy_loss import policy_loss
 from qae_kernels.reference.token_stats import token_logprobs
 
+from .linear_peers import LinearProblem, LinearUpdate
 from .peers import Problem, Update
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of one float64 copy of a chunk of logits
@@ -92,10 +96,92 @@ def logprobs_errors(
     return {name: largest[name].relative() for name, x in given.items() if x is not None}
 
 
-def assert_within(errors: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
-    """The errors, if none is above its limit; NaN is."""
+@dataclass(frozen=True)
+class LinearTruth:
+    """What a `LinearProblem` comes to in float64, computed once for all contestants."""
+
+    loss: float
+    entropy: Tensor  # [N]
+    dhidden: Tensor  # [N, D]
+    dweight: Tensor  # [V, D]
+    largest_advantage: float
+    largest_logit: float
+
+    @classmethod
+    def of(cls, problem: LinearProblem) -> LinearTruth:
+        hidden, weight = problem.hidden.detach().flatten(0, 1), problem.weight.detach().double()
+        tokens, old_logprobs = problem.tokens.flatten(), problem.old_logprobs.flatten().double()
+        advantages = problem.advantages[:, None].expand_as(problem.tokens).flatten().double()
+        weights = torch.full_like(old_logprobs, 1 / len(tokens))
+        dhidden, dweight = torch.empty_like(hidden, dtype=torch.float64), torch.zeros_like(weight)
+        entropy = torch.empty_like(old_logprobs)
+        loss, largest_logit = 0.0, 0.0
+        size = max(1, CHUNK_BYTES[hidden.device.type] // (8 * len(weight)))
+        for start in range(0, len(tokens), size):
+            rows = slice(start, start + size)
+            logits = (hidden[rows].double() @ weight.t()).requires_grad_()
+            chunk_loss, _, chunk_entropy = policy_loss(
+                logits, tokens[rows], advantages[rows], weights[rows], old_logprobs=old_logprobs[rows],
+                config=PRESETS["dapo"],
+            )  # fmt: skip
+            (dlogits,) = torch.autograd.grad(chunk_loss, logits)
+            loss += chunk_loss.item()
+            entropy[rows] = chunk_entropy.detach()
+            dhidden[rows] = dlogits @ weight
+            dweight.addmm_(dlogits.t(), hidden[rows].double())
+            largest_logit = max(largest_logit, logits.detach().abs().max().item())
+        return cls(loss, entropy, dhidden, dweight, advantages.abs().max().clamp(min=1e-30).item(), largest_logit)
+
+    def errors(self, update: LinearUpdate, entropy_rows: Tensor | None = None) -> dict[str, float]:
+        """entropy_rows [B, T] bool: the rows whose entropy is claimed; None: all, if there is an entropy at all."""
+        loss, entropy, dhidden, dweight = update
+        errors = {
+            "loss": abs(loss.item() - self.loss) / self.largest_advantage,
+            "gradient of hidden": relative_error(dhidden.flatten(0, 1), self.dhidden),
+            "gradient of weight": relative_error(dweight, self.dweight),
+        }
+        if entropy is not None:
+            claimed = slice(None) if entropy_rows is None else entropy_rows.flatten()
+            errors["entropy"] = relative_error(entropy.flatten()[claimed], self.entropy[claimed])
+        return errors
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """In pieces: the largest tensors are gradients of weights."""
+    largest = Largest()
+    for some_got, some_exact in zip(got.split(2**14), exact.split(2**14), strict=True):
+        largest.add(some_got, some_exact)
+    return largest.relative()
+
+
+def limits(dtype: torch.dtype) -> dict[str, float]:
+    """Nothing is rounded to the inputs' dtype before the softmax. The gradient of logits is, once; those of hidden and
+    weight twice: the gradient of logits that they are products of, and the result."""
+    linear = max(2e-5, 2 * torch.finfo(dtype).eps)
+    return {
+        "loss": STATISTICS_LIMIT, "entropy": STATISTICS_LIMIT, "logprobs": STATISTICS_LIMIT,
+        "gradient": gradient_limit(dtype), "gradient of hidden": linear, "gradient of weight": linear,
+    }  # fmt: skip
+
+
+def rounded_logits_limits(dtype: torch.dtype, largest_logit: float) -> dict[str, float]:
+    """For a peer that rounds each logit to 16 bits, by up to half an eps of its size. A log-probability is off by as
+    much, absolutely; its ratio, and with it a row's term of loss and gradient, by as much relatively; the probabilities
+    that make up the rest of a gradient by as much once more."""
+    if torch.finfo(dtype).bits > 16:
+        return limits(dtype)
+    off = torch.finfo(dtype).eps / 2 * largest_logit
+    gradients = limits(dtype)["gradient of hidden"] + 2 * off
+    return {"loss": off, "entropy": off, "gradient of hidden": gradients, "gradient of weight": gradients}
+
+
+def assert_within(
+    errors: dict[str, float], dtype: torch.dtype, allowed: dict[str, float] | None = None
+) -> dict[str, float]:
+    """The errors, if none is above its limit (of `limits(dtype)` if none are given); NaN is."""
+    allowed = limits(dtype) if allowed is None else allowed
     for name, error in errors.items():
-        limit = gradient_limit(dtype) if name == "gradient" else STATISTICS_LIMIT
+        limit = allowed.get(name, STATISTICS_LIMIT)
         if not error <= limit:
             raise AssertionError(f"{name} is off by {error:.1e} of the float64 reference, more than {limit:.1e}")
     return errors

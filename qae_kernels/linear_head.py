@@ -156,7 +156,8 @@ def policy_loss_rows(
     active = has_credit(weights, advantages, rollout_weights, config)
     idle = (weights != 0) & ~active if entropy == "all" else torch.zeros_like(active)
     results = torch.zeros(3, len(tokens), dtype=head.dtype, device=tokens.device)
-    for wanted, with_gradient in ((active, any(head.wanted)), (idle, False)):
+
+    def run(wanted: Tensor, with_gradient: bool) -> None:
         for chunk in head.chunks(wanted.nonzero()[:, 0], with_gradient):
             rows = chunk.rows
             optional = (None if x is None else x[rows] for x in (old_logprobs, ref_logprobs, rollout_weights))
@@ -167,6 +168,9 @@ def policy_loss_rows(
                 )
             )  # fmt: skip
             chunk.backward()
+
+    run(active, any(head.wanted))
+    run(idle, False)  # by then the scratch of the others is gone
     return tuple(x.clone() for x in results)
 
 
