@@ -30,8 +30,8 @@ LaunchConfig = tuple[int, int]  # (BLOCK, THREADS)
 @contextmanager
 def launched_with(config: LaunchConfig) -> Iterator[None]:
     with (
-        mock.patch.object(policy_loss, "launch_config", lambda vocab, dtype: config),
-        mock.patch.object(token_stats, "launch_config", lambda vocab, dtype: config),
+        mock.patch.object(policy_loss, "launch_config", lambda *_: config),
+        mock.patch.object(token_stats, "launch_config", lambda *_: config),
     ):
         yield
 

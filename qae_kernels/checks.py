@@ -36,6 +36,8 @@ def floating(name: str, value: Tensor) -> None:
     is_tensor(name, value)
     if not value.is_floating_point():
         raise ValueError(f"{name} must have a floating-point dtype; got {value.dtype}")
+    if value.itemsize < 2:
+        raise ValueError(f"{name} must have a floating-point dtype of at least 16 bits; got {value.dtype}")
 
 
 def integer(name: str, value: Tensor) -> None:
@@ -144,8 +146,9 @@ def head(
         floating(name, value)
         if hasattr(value, "full_tensor"):
             raise ValueError(
-                f"{name} is a DTensor; expected a plain tensor: its full_tensor(), or its to_local() where that is a "
-                "slice of the vocabulary, with process_group"
+                f"{name} is a DTensor; expected a plain tensor. Where ranks have different rows (data parallel, FSDP): "
+                "full_tensor(grad_placements=[Partial()]), so that its gradient is summed over them. Where all ranks "
+                "have the same rows and each a slice of the vocabulary (tensor parallel): to_local() and process_group"
             )
         same_device(name, value, hidden.device)
     if hidden.dim() not in (2, 3):

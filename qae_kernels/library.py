@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from . import checks, linear_head
 from .config import PolicyLossConfig
-from .linear_head import LinearHead
+from .linear_head import LinearHead, gradient_dtype
 from .outputs import Advantages
 from .vocab_parallel import VocabParallel, group_of
 
@@ -106,11 +106,13 @@ def _policy_loss_context(ctx, inputs, output):
 
 
 def _times(gradient: Tensor, dloss: Tensor, triton: bool) -> Tensor:
+    """The gradient times the incoming factor, in place where that may be."""
     if type(gradient) is Tensor and not torch.compiler.is_compiling():
         _policy_loss_path(triton).scale_gradient(gradient if gradient.dim() > 1 else gradient[None], dloss)
         return gradient
     # A tracer's tensor: writing over an output of the forward is not for a graph, which plans its memory itself.
-    return gradient * dloss.to(gradient.dtype)
+    precise = torch.promote_types(gradient.dtype, torch.float32)
+    return (gradient.to(precise) * dloss.to(precise)).to(gradient.dtype)
 
 
 def _policy_loss_backward(ctx, dloss, *_):
@@ -184,7 +186,10 @@ def _linear_policy_loss(
 
 
 def _fake_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) if w else inputs[0].new_empty(0) for x, w in zip(inputs, wanted, strict=True))
+    return tuple(
+        x.new_empty(x.shape, dtype=gradient_dtype(x.dtype)) if w else inputs[0].new_empty(0)
+        for x, w in zip(inputs, wanted, strict=True)
+    )
 
 
 @_linear_policy_loss.register_fake
@@ -200,6 +205,7 @@ def _linear_policy_loss_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logprobs, entropy, *gradients)
     ctx.save_for_backward(*gradients)
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.wanted, ctx.triton, ctx.done = inputs[-2], inputs[-1], False
 
 
@@ -209,8 +215,8 @@ def _linear_policy_loss_backward(ctx, dloss, *_):
         raise RuntimeError(SECOND_BACKWARD.replace("policy_loss", "linear_policy_loss"))
     ctx.done = True
     gradients = [
-        _times(gradient, dloss, ctx.triton) if wanted else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        _times(gradient, dloss, ctx.triton).to(dtype) if wanted else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
     ]
     return *gradients, *(None for _ in ctx.needs_input_grad[3:])
 
@@ -357,7 +363,7 @@ def _linear_token_logprobs_backward(ctx, dlogprobs, dentropy, *_):
     dlogprobs, dentropy = (torch.zeros_like(entropy) if g is None else g for g in (dlogprobs, dentropy))
     gradients = _linear_token_logprobs_gradient(*saved, entropy, dlogprobs, dentropy, *ctx.settings)
     *_, wanted, _triton = ctx.settings
-    gradients = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+    gradients = (g.to(x.dtype) if w else None for g, x, w in zip(gradients, saved, wanted, strict=False))
     return *gradients, *(None for _ in ctx.needs_input_grad[3:])
 
 

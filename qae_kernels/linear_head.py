@@ -51,7 +51,7 @@ class LinearHead:
         self.dtype = torch.promote_types(self.operand, torch.float32)
         self.operand_weight = self.weight.to(self.operand)
         if self.wanted[0]:
-            self.dhidden = torch.zeros_like(self.hidden, memory_format=torch.contiguous_format)
+            self.dhidden = self.hidden.new_zeros(self.hidden.shape, dtype=gradient_dtype(self.hidden.dtype))
 
     def chunks(self, rows: Tensor, with_gradient: bool) -> Iterator[Chunk]:
         """The given rows [n] in chunks of nearly the same size, with their logits [m, V]."""
@@ -62,7 +62,8 @@ class LinearHead:
         sliced = isinstance(self.path, VocabParallel)
         widest = int(self.path.sizes.max()) if sliced else vocab  # the ranks go through the same chunks
         per_row = widest * (self.dtype.itemsize + (0 if in_place else self.operand.itemsize))
-        budget = MAX_CHUNK_BYTES[self.hidden.device.type] if self.max_chunk_bytes is None else self.max_chunk_bytes
+        default = MAX_CHUNK_BYTES.get(self.hidden.device.type, MAX_CHUNK_BYTES["cpu"])
+        budget = default if self.max_chunk_bytes is None else self.max_chunk_bytes
         size = chunk_rows(len(rows), budget // per_row)
         logits = self.hidden.new_empty(size, vocab, dtype=self.dtype)
         dlogits = logits if in_place else logits.new_empty(size, vocab, dtype=self.operand)
@@ -74,14 +75,13 @@ class LinearHead:
             yield Chunk(self, some, hidden, logits[:n], dlogits[:n] if with_gradient else None)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of hidden, weight and bias, each in its dtype; [0] where nobody wants it, zeros where no row had credit."""
+        """Of hidden, weight and bias; [0] where nobody wants it, zeros where no row had credit."""
 
         def finished(x: Tensor | None, gradient: Tensor | None, wanted: bool) -> Tensor:
             if not wanted:
                 return self.hidden.new_empty(0)
-            return (
-                torch.zeros_like(x, memory_format=torch.contiguous_format) if gradient is None else gradient.to(x.dtype)
-            )
+            dtype = gradient_dtype(x.dtype)
+            return x.new_zeros(x.shape, dtype=dtype) if gradient is None else gradient.to(dtype)
 
         given = ((self.hidden, self.dhidden), (self.weight, self.dweight), (self.bias, self.dbias))
         return tuple(finished(x, g, wanted) for (x, g), wanted in zip(given, self.wanted, strict=True))
@@ -107,9 +107,7 @@ class Chunk:
         if wants_hidden:
             dhidden = torch.empty(self.hidden.shape, dtype=head.dtype, device=self.hidden.device)
             product(dhidden, self.dlogits, head.operand_weight)
-            if isinstance(
-                head.path, VocabParallel
-            ):  # each rank's slice of the vocabulary pulls at the same hidden states
+            if isinstance(head.path, VocabParallel):  # every slice pulls at the same hidden states
                 dist.all_reduce(dhidden, group=head.path.group)
             head.dhidden.index_copy_(0, self.rows, dhidden.to(head.dhidden.dtype))
         if wants_weight:
@@ -120,6 +118,11 @@ class Chunk:
         if wants_bias:
             dbias = self.dlogits.sum(0, dtype=head.dtype)
             head.dbias = dbias if head.dbias is None else head.dbias.add_(dbias)
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the gradient of a tensor waits for the incoming factor: a loss scale comes too late for a float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def chunk_rows(rows: int, most: int) -> int:
@@ -153,12 +156,13 @@ def policy_loss_rows(
     """
     temperature, softcap = before_scaling(config.temperature, logit_scale, softcap)
     config = replace(config, temperature=temperature)
-    active = has_credit(weights, advantages, rollout_weights, config)
-    idle = (weights != 0) & ~active if entropy == "all" else torch.zeros_like(active)
+    credit = has_credit(weights, advantages, rollout_weights, config)
+    active = credit.nonzero()[:, 0]  # waits for the device, before anything else is queued
+    idle = ((weights != 0) & ~credit).nonzero()[:, 0] if entropy == "all" else active[:0]
     results = torch.zeros(3, len(tokens), dtype=head.dtype, device=tokens.device)
 
     def run(wanted: Tensor, with_gradient: bool) -> None:
-        for chunk in head.chunks(wanted.nonzero()[:, 0], with_gradient):
+        for chunk in head.chunks(wanted, with_gradient):
             rows = chunk.rows
             optional = (None if x is None else x[rows] for x in (old_logprobs, ref_logprobs, rollout_weights))
             results[:, rows] = torch.stack(
@@ -195,7 +199,9 @@ def token_logprobs_gradient(
     """Fills the gradients of the head from what `token_logprobs_rows` returned and the gradients of its first two
     results; the logits of the rows that have one are formed again."""
     temperature, softcap = before_scaling(temperature, logit_scale, softcap)
-    wanted = mask & ((dlogprobs != 0) | (dentropy != 0))
+    wanted = mask
+    if not isinstance(head.path, VocabParallel):  # where ranks might see different zeros, and part ways
+        wanted = mask & ((dlogprobs != 0) | (dentropy != 0))
     for chunk in head.chunks(wanted.nonzero()[:, 0], with_gradient=True):
         rows = chunk.rows
         per_row = (x[rows] for x in (tokens, mask, peak, log_sum, entropy, dlogprobs, dentropy))

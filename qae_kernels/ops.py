@@ -273,17 +273,22 @@ def linear_policy_loss(
     entropy: as in `policy_loss`. Rows without credit have no gradient: "active" and "none" multiply only the rows with
         credit by the weight; "all" multiplies the others too, once, for their entropy.
     process_group: the ranks that share the vocabulary, if the weight is sharded: each gives its slice
-        [V / ranks, D] of weight and bias, in the order of the ranks, and the same of everything else. Every rank gets
-        the whole loss and metrics, the gradient of its slice, and the whole gradient of hidden (already summed over
-        the ranks). Slices may differ in size.
+        [V / ranks, D] of weight and bias, in the order of the ranks, and the same of everything else: the same rows,
+        dtypes, settings, and the same of the three in want of a gradient, or the ranks wait for one another for ever.
+        Every rank gets the whole loss and metrics, the gradient of its slice, and the whole gradient of hidden: it is
+        summed over the ranks here, so what brings hidden to the ranks must not sum it again (Megatron's
+        `copy_to_tensor_model_parallel_region` does; `gather_from_sequence_parallel_region` does unless
+        `tensor_parallel_output_grad=False`). Slices may differ in size.
     max_chunk_bytes: memory for the [rows, V] scratch (float32 logits, and their gradient in bfloat16 where that is what
         the products read). Default: 1.75 GiB on a GPU, about 2,000 rows of a vocabulary of 151,936; 256 MiB on a CPU.
-        Fewer rows at a time save memory and read the weight, and add to its gradient, more often.
+        Fewer rows at a time save memory and read the weight, and add to its gradient, more often. The gradients of
+        hidden and weight ([V, D], float32 while it is summed) come on top, and are held until the backward.
     tokens, advantages and everything else: as in `policy_loss`.
 
     Any of hidden, weight and bias may be frozen; what needs no gradient costs none. Under autocast the matrix products
     read its dtype. bfloat16 products sum in float32 and give float32 logits; the gradient of the weight is summed over
-    the chunks in float32, and rounded to the weight's dtype once. float16 is computed in float32.
+    the chunks in float32, and rounded to the weight's dtype once. float16, and float16 autocast, is computed in
+    float32, and its gradients meet the incoming factor (a loss scale) in float32.
     How many rows have credit decides the size of the products: the call waits for the device to say it.
     The chunks depend on the number of rows with credit, so a row's bits may depend on the rows beside it.
     Backward can run once per call. Raises ValueError: as `policy_loss`.
@@ -328,7 +333,8 @@ def linear_token_logprobs(
     hidden, weight, bias, logit_scale, logit_softcap, process_group, max_chunk_bytes: as in `linear_policy_loss`.
     tokens, temperature, mask: as in `token_logprobs`; rows where the mask is 0 are not multiplied by the weight.
     Returns (logprobs, entropy), f32, shape of tokens, both differentiable. The backward forms the logits again, of the
-    rows that have a gradient: where the loss is one of `PolicyLossConfig`, `linear_policy_loss` is cheaper.
+    rows that have a gradient: where the loss is one of `PolicyLossConfig`, `linear_policy_loss` is cheaper. Forward and
+    backward each wait for the device once, to know how many rows; with a process group both communicate.
 
     Raises ValueError: as `token_logprobs`.
     """
@@ -347,11 +353,13 @@ def linear_token_logprobs(
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """As autocast would have it for a matrix product; differentiable."""
+    """As autocast would have it for a matrix product; differentiable. float16 is computed in float32: not cast to."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
+    if dtype == torch.float16:
+        return tensors
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 

@@ -56,15 +56,14 @@ class VocabParallel:
         own_logprobs, own_entropy, own_peak, own_log_sum = self.path.token_logprobs_rows(
             logits, tokens, mask, temperature, softcap
         )
-        own_peak = torch.where(mask, own_peak, 0)
-        peak = own_peak.clone()
+        peak = torch.where(mask, own_peak, 0)
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
         log_share = torch.where(mask, (own_peak - peak + own_log_sum) * nats, 0)
         share = log_share.exp()
         has_target = (tokens >= 0) & (tokens < logits.shape[-1])
         target = torch.where(log_share == -torch.inf, log_share, own_logprobs + log_share)  # relative to the peak
-        target = torch.where(mask & has_target, target, 0)
-        weighted = torch.where(mask & (share > 0), share * (log_share - own_entropy), 0)
+        target = torch.where(has_target, target, 0)
+        weighted = torch.where(share > 0, share * (log_share - own_entropy), 0)
         sums = torch.stack([share, weighted, target, has_target.to(share.dtype)])
         dist.all_reduce(sums, group=self.group)
         total, weighted, target, owners = sums
@@ -95,13 +94,17 @@ class VocabParallel:
         def clean(x: Tensor | None) -> Tensor | None:
             return None if x is None else torch.where(wanted, x, 0)
 
-        with recording():
-            lp, ent = logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()
-            losses = clean(weights) * token_losses(
-                lp, ent, clean(advantages), clean(old_logprobs), clean(ref_logprobs), clean(rollout_weights), config
-            )
-            dlogp, dentropy = torch.autograd.grad(losses.sum(), (lp, ent), allow_unused=True)
-        if dlogits is not None:
+        def losses_of(logprobs: Tensor, entropies: Tensor) -> Tensor:
+            optional = (clean(x) for x in (old_logprobs, ref_logprobs, rollout_weights))
+            return clean(weights) * token_losses(logprobs, entropies, clean(advantages), *optional, config)
+
+        if dlogits is None:
+            losses = losses_of(logprobs, entropies)
+        else:
+            with recording():
+                lp, ent = logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()
+                losses = losses_of(lp, ent)
+                dlogp, dentropy = torch.autograd.grad(losses.sum(), (lp, ent), allow_unused=True)
             dentropy = torch.zeros_like(dlogp) if dentropy is None else dentropy
             self.token_logprobs_gradient(
                 logits, dlogits, tokens, wanted, peak, log_sum, entropies, dlogp, dentropy, config.temperature, softcap

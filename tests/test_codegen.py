@@ -21,7 +21,7 @@ UNALIGNED_STATISTICS = 9  # instructions per logit
 KB_IN_FLIGHT = 64
 # At most per 16-bit logit: (instructions, EX2).
 LIMITS = {"statistics": (8.0, 1.13), "gradient": (6.3, 1.0)}
-CAPPED_LIMITS = {"statistics": (22.0, 2.13), "gradient": (21.5, 2.0)}  # a tanh for each, in each pass
+CAPPED_LIMITS = {"statistics": (29.0, 2.13), "gradient": (29.0, 2.0)}  # a tanh for each, in each pass
 LINEAR_LIMITS = {"statistics": (7.0, 1.13), "gradient": (5.0, 1.0)}  # float32 logits, bfloat16 gradient
 LOOPS = {
     "loss, entropy=all": {"statistics", "gradient", "gradient with entropy term", "zeros"},
@@ -63,8 +63,8 @@ def test_hot_loops(tmp_path):
         assert LOOPS.get(kernel["case"], set()) <= {loop["name"] for loop in kernel["loops"]}, kernel["case"]
         for loop in kernel["loops"]:
             what = f"{kernel['dtype']}, {kernel['case']}, {loop['name']}: {loop}"
-            assert set(loop["load_bits"] + loop["store_bits"]) == {128}, what
             of_the_head = kernel["case"] == "loss, bfloat16 gradient"
+            assert set(loop["load_bits"] + loop["store_bits"]) <= ({64, 128} if of_the_head else {128}), what
             if loop["name"] != "zeros" or not of_the_head:  # whose number of logits is not known from the stores
                 stored = 2 if of_the_head else ITEMSIZE[kernel["dtype"]]
                 assert loop["bytes_stored"] in (0, stored), what

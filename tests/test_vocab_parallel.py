@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from cases import CONFIGS, optional_arguments
 from head_cases import make_head_case
-from tolerances import assert_gradient, assert_statistics
+from tolerances import assert_bitwise, assert_gradient, assert_statistics
 
-from qae_kernels import linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
+from qae_kernels import library, linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
+from qae_kernels.vocab_parallel import VocabParallel
 
 SLICES = {2: (20, 37), 4: (16, 1, 31, 9)}  # columns of each rank, of 57
 BACKENDS = ("triton", "torch")
+PAIRS = ((0, 2), (1, 3))
 CHUNK = 57 * 4 * 5
 HEADS = {"plain": {}, "all": {"bias": True, "logit_scale": 1.7, "logit_softcap": 4.0}}
 LOSSES = [  # (config, layout, entropy, dtype)
@@ -98,6 +100,13 @@ def everything(columns, group, device):
     return results
 
 
+def of_a_pair(group, device):
+    """Groups beside each other, as of tensor parallel ranks under data parallel ones: what one of them gets."""
+    columns = slice(None) if group is None else (slice(0, 20), slice(20, 57))[dist.get_rank(group)]
+    case = make_head_case(57, device=device)
+    return from_hidden(case, columns, group, CONFIGS["dapo"], "all", "torch")
+
+
 def errors(columns, group, device):
     """A token that no rank has is named with the size of the whole vocabulary."""
     case = make_head_case(57, device=device)
@@ -123,6 +132,9 @@ def work(rank, world_size, folder, device):
         before = sum(SLICES[world_size][:rank])
         columns = slice(before, before + SLICES[world_size][rank])
         results = everything(columns, dist.group.WORLD, device)
+        if world_size == 4:
+            groups = [dist.new_group(ranks) for ranks in PAIRS]
+            results["pairs"] = of_a_pair(groups[rank % 2], device)
         errors(columns, dist.group.WORLD, device)
     except BaseException:
         results = traceback.format_exc()
@@ -174,6 +186,10 @@ def test_same_as_one_process(world_size, alone, device):
                     assert_close(parts[0], exact, what)
                 else:
                     assert_statistics(parts[0], exact.double(), dtype, what)
+    for rank in ranks if world_size == 4 else ():
+        for got, expected in zip(rank["pairs"], of_a_pair(None, device), strict=True):
+            for name in ("logprobs", "entropy", "hidden"):
+                assert_close(got[name], expected[name].cpu(), f"pairs, {name}")
     banned = [r for key, r in ranks[0].items() if "banned" in key]
     assert banned and all(r["logprobs"][2] == -torch.inf and r["logprobs"][0].isfinite() for rs in banned for r in rs)
 
@@ -183,17 +199,61 @@ def assert_close(got, expected, what):
     assert_gradient(got.to(expected.dtype), expected.double(), expected.dtype, what, roundings=4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_group_of_one(backend, device, tmp_path):
-    """The other way of computing, in this process: the same as without a group."""
+@pytest.fixture
+def group_of_one(tmp_path):
+    """The other way of computing, in this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        case = make_head_case(57, device=device)
-        logits = case.batch.logits.float()
-        got = token_logprobs(logits, case.batch.tokens, backend=backend)
-        out = policy_loss(logits, case.batch.tokens, case.batch.advantages, process_group=dist.group.WORLD,
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_group_of_one(inference, group_of_one, backend, device):
+    case = make_head_case(57, device=device)
+    logits = case.batch.logits.float()
+    expected = token_logprobs(logits, case.batch.tokens, backend=backend)
+    with torch.inference_mode(inference):
+        out = policy_loss(logits, case.batch.tokens, case.batch.advantages, process_group=group_of_one,
                           backend=backend)  # fmt: skip
-        for x, expected in zip((out.logprobs, out.entropy), got, strict=True):
-            torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
-    finally:
-        dist.destroy_process_group()
+    for x, alone in zip((out.logprobs, out.entropy), expected, strict=True):
+        torch.testing.assert_close(x, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_a_token_that_no_rank_has_is_nan(group_of_one, backend, device):
+    """Where nobody looks at the ids: a GPU without validate=True."""
+    path = VocabParallel(library._token_stats_path(backend == "triton"), group_of_one, 57, torch.device(device))
+    tokens, mask = torch.tensor([57, -1, 3], device=device), torch.ones(3, dtype=torch.bool, device=device)
+    logprobs, entropy, _, _ = path.token_logprobs_rows(torch.zeros(3, 57, device=device), tokens, mask, 1.0)
+    assert logprobs[:2].isnan().all() and logprobs[2].isfinite() and entropy.isfinite().all()
+
+
+def test_masked_rows_may_hold_anything(group_of_one, backend, device):
+    case = make_head_case(57, device=device)
+    advantages, keywords = optional_arguments(case.batch, ref=True, rollout=True)
+    mask = case.batch.mask
+    dirty = {
+        name: x if name in ("mask", "cu_seqlens") else torch.where(mask, x, torch.nan) for name, x in keywords.items()
+    }
+    results = []
+    for values, given in ((advantages, keywords), (torch.where(mask, advantages, torch.nan), dirty)):
+        logits = case.batch.logits.float().requires_grad_()
+        out = policy_loss(logits, case.batch.tokens, values, process_group=group_of_one, backend=backend, **given)
+        out.loss.backward()
+        results.append((out.loss.detach(), logits.grad))
+    for clean, got in zip(*results, strict=True):
+        assert_bitwise(got, clean, "masked rows")
+
+
+def test_in_place_off_its_alignment(group_of_one, device):
+    """Logits that the kernels can read from a copy only: the gradient comes back to where they were."""
+    case = make_head_case(56, device=device)
+    gradients = []
+    for offset in (0, 1):
+        leaf = case.batch.logits.float().requires_grad_()
+        buffer = torch.empty(16 * 56 + 4, device=device)
+        logits = buffer[offset : offset + 16 * 56].view(16, 56).copy_(leaf)
+        out = policy_loss(logits, case.batch.tokens, case.batch.advantages, process_group=group_of_one,
+                          backend="triton", inplace=True)  # fmt: skip
+        out.loss.backward()
+        gradients.append(leaf.grad)
+    assert_bitwise(*gradients, "gradient")

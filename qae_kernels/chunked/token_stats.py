@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 8 * 2**20  # of one copy of a chunk of logits; two such are reused all the way, and fit a cache
+CHUNK_BYTES = 4 * 2**20  # of one copy of a chunk of logits; two such are reused all the way, and fit a cache
 NATS = 1.0  # in one unit of the peak and the log of the sum that a row keeps
 LOWEST = -1e30  # stands for -inf where -inf - -inf would be NaN
 

@@ -139,14 +139,11 @@ def policy_loss_rows(
         return outputs
     if dlogits is None:
         dx, dstride_b, dstride_t = None, 0, 0
-    elif dlogits is logits:
-        dx, dstride_b, dstride_t = x, stride_b, stride_t
     else:
         dx, dstride_b, dstride_t, _ = as_rows(dlogits)
     stride_a = (0, advantages.stride(0)) if advantages.dim() == 1 else advantages.stride()
     dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
     scale, inv_temperature, inv_cap = softmax_factors(config.temperature, softcap)
-    width = load_width(vocab, *(tensor.dtype for tensor in (x, dx) if tensor is not None))
     block, threads = launch_config(vocab, x.dtype, softcap is not None)
     with torch.cuda.device_of(x):
         policy_loss_kernel[(tokens.numel(),)](
@@ -156,7 +153,7 @@ def policy_loss_rows(
             (float(config.eps_low), float(config.eps_high), float(dual_clip)),
             OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
             READ_IDLE=entropy == "all", ENTROPY=entropy != "none", CAPPED=softcap is not None,
-            V=vocab, WIDTH=width, BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
+            V=vocab, WIDTH=load_width(vocab, x.dtype), BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
         )  # fmt: skip
     if dx is not dlogits:
         dlogits.copy_(dx)

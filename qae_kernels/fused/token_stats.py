@@ -10,8 +10,8 @@ Exponentials are base 2, with log2(e) and 1/temperature folded into one factor `
 one EX2 make a term. Everything is relative to `peak`, the rounded product of the row maximum and `scale`; because the
 same rounded number is subtracted everywhere, large common offsets (to 1e9) cost no accuracy. A tile is read as a line
 and looked at as [loads, threads, width], as the compiler deals it out: each thread owns whole loads of 16 bytes (of one
-element in unaligned rows; two loads where a gradient of half the size is written), reduces them without leaving itself,
-rescales its running sums once per tile, and the threads meet once, at the end of the row.
+element in unaligned rows), reduces them without leaving itself, rescales its running sums once per tile, and the
+threads meet once, at the end of the row.
 
 x, dx: [B, T, V] with any strides of B and T and stride 1 in V (flat [N, V]: B = 1, T = N). Row r is (r // T, r % T).
 Per-row vectors [N] are contiguous. Backward keeps per row: peak, log2_sum (f32, in units of `NATS`) and the entropy.
@@ -36,16 +36,17 @@ LOWEST = tl.constexpr(-1e30)  # stands for -inf where -inf - -inf or 0 * inf wou
 def row_start(ptr, row, stride_b, stride_t, T, WIDTH: tl.constexpr):
     """Pointer to element 0 of a row, with 64-bit arithmetic: N * V may exceed 2^31. WIDTH: see `load_width`."""
     offset = (row // T).to(tl.int64) * stride_b + (row % T).to(tl.int64) * stride_t
-    if WIDTH > 1:
-        offset = tl.multiple_of(offset, 128 // ptr.dtype.element_ty.primitive_bitwidth)
-    return ptr + offset
+    return ptr + tl.multiple_of(offset, WIDTH)
 
 
 @triton.jit
 def soft_cap(x, inv_cap, CAPPED: tl.constexpr):
     """tanh(x / cap); the cap itself is in `scale`. x where there is none."""
     if CAPPED:
-        return 1 - 2 / (1 + tl.exp(2 * x * inv_cap))
+        y = x * inv_cap
+        square = y * y
+        near_zero = y * tl.fma(square, tl.fma(square, tl.fma(square, -17 / 315, 2 / 15), -1 / 3), 1.0)
+        return tl.where(tl.abs(y) < 0.2, near_zero, 1 - 2 / (1 + tl.exp(2 * y)))  # there 1 - 2 / 2 would cancel
     else:
         return x
 
@@ -252,11 +253,11 @@ def warp_size() -> int:
     return 32 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
 
 
-def load_width(vocab: int, *dtypes: torch.dtype) -> int:
-    """Neighbouring elements that one thread takes: 16 bytes of the narrowest dtype, if every row of a contiguous [N, V]
-    starts at a multiple of 16 bytes in all of them; else 1."""
-    aligned = all(vocab * dtype.itemsize % 16 == 0 for dtype in dtypes)
-    return 16 // min(dtype.itemsize for dtype in dtypes) if aligned else 1
+def load_width(vocab: int, dtype: torch.dtype) -> int:
+    """Neighbouring elements that one thread takes at a time: 16 bytes, if every row of a contiguous [N, V] starts at a
+    multiple of that; else 1. dtype: of the logits. A gradient of half their size is written with half the bytes: in the
+    layout of wider stores the compiler would also sum, in an order of its own, or move every tile between threads."""
+    return 16 // dtype.itemsize if vocab * dtype.itemsize % 16 == 0 else 1
 
 
 def new_gradient(logits: torch.Tensor) -> torch.Tensor:
@@ -316,7 +317,7 @@ def token_logprobs_gradient(
     gradients of its first two results."""
     x, stride_b, stride_t, T = as_rows(logits)
     vocab = x.shape[-1]
-    dx, dstride_b, dstride_t = (x, stride_b, stride_t) if dlogits is logits else as_rows(dlogits)[:3]
+    dx, dstride_b, dstride_t, _ = as_rows(dlogits)
     per_row = (v.contiguous() for v in (tokens, mask, peak, log2_sum, entropy, dlogprobs, dentropy))
     scale, inv_temperature, inv_cap = softmax_factors(temperature, softcap)
     block, threads = launch_config(vocab, x.dtype, softcap is not None)
@@ -324,8 +325,8 @@ def token_logprobs_gradient(
         with torch.cuda.device_of(x):
             token_logprobs_backward_kernel[(tokens.numel(),)](
                 x, stride_b, stride_t, dx, dstride_b, dstride_t, *per_row, T, scale, inv_temperature, inv_cap,
-                CAPPED=softcap is not None, V=vocab, WIDTH=load_width(vocab, x.dtype, dx.dtype), BLOCK=block,
-                num_warps=num_warps(threads),
+                CAPPED=softcap is not None, V=vocab, WIDTH=load_width(vocab, x.dtype),
+                BLOCK=block, num_warps=num_warps(threads),
             )  # fmt: skip
     if dx is not dlogits:
         dlogits.copy_(dx)
