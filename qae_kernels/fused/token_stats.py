@@ -239,7 +239,7 @@ def launch_config(vocab: int, dtype: torch.dtype, capped: bool = False) -> tuple
     or on several shorter ones, so that the second pass may find the rows in flight in the L2 cache (not measured yet).
     """
     row_bytes = vocab * dtype.itemsize
-    most = 512 if capped or warp_size() == 64 else 1024  # of 1024 the compiler would spill a few registers then
+    most = 256 if capped else 512 if warp_size() == 64 else 1024  # with more the compiler spills a few registers
     threads = min(most, 32 * triton.next_power_of_2(max(1, row_bytes // 10_240)))  # 10 to 20 KB of a row for 32 threads
     return threads * 64 // dtype.itemsize, threads
 
