@@ -13,7 +13,8 @@ OUT ?= bench/results
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 OLDEST_TRITON := $(VENV)/oldest-triton
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,advantages metrics objectives policy_loss qae_dapo_loss token_stats))
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,advantages linear_policy_loss metrics objectives policy_loss \
+	qae_dapo_loss token_stats))
 
 .PHONY: demo test test-oldest-triton check lint clean install gpu
 
