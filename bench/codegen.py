@@ -262,13 +262,14 @@ def vocabulary_cases(vocab: int, dtype: torch.dtype) -> Iterator[Case]:
     from qae_kernels.fused.objectives import KL_ESTIMATORS, OBJECTIVES
     from qae_kernels.fused.policy_loss import policy_loss_rows, scale_gradient
     from qae_kernels.fused.token_stats import token_logprobs_gradient, token_logprobs_rows
+    from qae_kernels.rows import Rows
 
     logits = torch.empty(16, vocab, dtype=dtype)
     tokens, row = torch.zeros(16, dtype=torch.long), torch.zeros(16)
 
     def loss(dlogits=logits, old=row, others=None, entropy="all", softcap=None, **settings):
         config = PolicyLossConfig(**settings)
-        policy_loss_rows(logits, dlogits, tokens, row, row, old, others, others, config, entropy, softcap)
+        policy_loss_rows(logits, dlogits, Rows(tokens, row, row, old, others, others), config, entropy, softcap)
 
     for entropy in ("all", "active", "none"):
         yield f"loss, entropy={entropy}", partial(loss, entropy=entropy)

@@ -38,6 +38,7 @@ from triton.runtime.jit import JITFunction
 
 import qae_kernels as qae
 from qae_kernels.fused.policy_loss import policy_loss_rows
+from qae_kernels.rows import Rows
 
 from . import peers
 
@@ -244,10 +245,8 @@ def count_linear_rows(problem: peers.Problem, entropy: str) -> Counts:
     weights = torch.full(problem.tokens.shape, 1 / problem.tokens.numel())
     advantages = problem.advantages[:, None].expand(problem.tokens.shape)
     with count_as_on_gpu() as counts:
-        policy_loss_rows(
-            logits, dlogits, problem.tokens, weights, advantages, problem.old_logprobs, None, None,
-            qae.PRESETS["dapo"], entropy,
-        )  # fmt: skip
+        rows = Rows(problem.tokens, weights, advantages, problem.old_logprobs)
+        policy_loss_rows(logits, dlogits, rows, qae.PRESETS["dapo"], entropy)
     return counts
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from qae_kernels import PRESETS
 from qae_kernels.reference.policy_loss import policy_loss
 from qae_kernels.reference.token_stats import token_logprobs
+from qae_kernels.rows import Rows
 
 from .linear_peers import LinearProblem, LinearUpdate
 from .peers import Problem, Update
@@ -65,9 +66,8 @@ def update_errors(problem: Problem, update: Update, entropy_rows: Tensor | None 
     exact_loss, entropies, gradients = 0.0, Largest(), Largest()
     for rows, logits in chunks(problem):
         chunk_loss, _, exact_entropy = policy_loss(
-            logits, tokens[rows], advantages[rows], weights[rows], old_logprobs=old_logprobs[rows],
-            config=PRESETS["dapo"],
-        )  # fmt: skip
+            logits, Rows(tokens[rows], weights[rows], advantages[rows], old_logprobs[rows]), config=PRESETS["dapo"]
+        )
         (exact_gradient,) = torch.autograd.grad(chunk_loss, logits)
         gradients.add(gradient_rows[rows], exact_gradient)
         exact_loss += chunk_loss.item()
@@ -121,9 +121,8 @@ class LinearTruth:
             rows = slice(start, start + size)
             logits = (hidden[rows].double() @ weight.t()).requires_grad_()
             chunk_loss, _, chunk_entropy = policy_loss(
-                logits, tokens[rows], advantages[rows], weights[rows], old_logprobs=old_logprobs[rows],
-                config=PRESETS["dapo"],
-            )  # fmt: skip
+                logits, Rows(tokens[rows], weights[rows], advantages[rows], old_logprobs[rows]), config=PRESETS["dapo"]
+            )
             (dlogits,) = torch.autograd.grad(chunk_loss, logits)
             loss += chunk_loss.item()
             entropy[rows] = chunk_entropy.detach()

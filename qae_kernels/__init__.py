@@ -1,8 +1,9 @@
 """Quantile Advantage Estimation (arXiv 2509.22611): exact, fused policy updates for RLVR."""
 
 from .aggregation import token_weights
-from .config import PRESETS, PolicyLossConfig
+from .config import PolicyLossConfig, register_objective
 from .credit import CreditPlan, plan_credit
+from .diagnostics import Diagnostics
 from .ops import (
     group_advantages,
     linear_policy_loss,
@@ -13,6 +14,8 @@ from .ops import (
     token_logprobs,
 )
 from .outputs import Advantages, PolicyLossOutput
+from .prepass import rollout_correction, select_tokens, top_entropy_mask
+from .presets import PRESETS
 
 __version__ = "0.1.0"
 
@@ -20,6 +23,7 @@ __all__ = [
     "PRESETS",
     "Advantages",
     "CreditPlan",
+    "Diagnostics",
     "PolicyLossConfig",
     "PolicyLossOutput",
     "group_advantages",
@@ -29,6 +33,10 @@ __all__ = [
     "policy_loss",
     "qae_dapo_loss",
     "quantile_advantages",
+    "register_objective",
+    "rollout_correction",
+    "select_tokens",
     "token_logprobs",
     "token_weights",
+    "top_entropy_mask",
 ]

@@ -179,6 +179,12 @@ def group_name(process_group: object) -> str | None:
     return process_group.group_name
 
 
+def process_group(value: object) -> torch.distributed.ProcessGroup | None:
+    """The value, which must be a group of this process or None."""
+    group_name(value)
+    return value
+
+
 def tokens_and_mask(
     tokens: Tensor, mask: Tensor | None, rows: torch.Size, vocab: int | None, device: torch.device, validate: bool
 ) -> Tensor:
@@ -252,6 +258,31 @@ def row_values(name: str, value: Tensor | None, rows: torch.Size, cu_seqlens: Te
     else:
         expected = f"[N] = ({rows[0]},); one value per response needs [B, T, V] logits, or cu_seqlens"
     raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
+
+
+def boolean(name: str, value: Tensor, rows: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
+    """Checks a bool of one entry a token or a response, and returns it."""
+    is_tensor(name, value)
+    if value.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool; got {value.dtype}")
+    allowed = {tuple(rows)}
+    if len(rows) == 2 or cu_seqlens is not None:
+        allowed.add((rows[0] if len(rows) == 2 else cu_seqlens.numel() - 1,))
+    if tuple(value.shape) not in allowed:
+        raise ValueError(f"{name} must have shape {' or '.join(map(str, sorted(allowed)))}; got {tuple(value.shape)}")
+    return value
+
+
+def selected(value: Tensor | None, objective: str, by_selection: tuple[str, ...], rows: torch.Size, device) -> None:
+    if value is None:
+        return
+    is_tensor("selected", value)
+    if objective not in by_selection:
+        raise ValueError(f"selected goes with the objectives {', '.join(by_selection)}; the objective is {objective!r}")
+    if value.dtype != torch.bool:
+        raise ValueError(f"selected must be bool; got {value.dtype}")
+    shape("selected", value, rows)
+    same_device("selected", value, device)
 
 
 def normalizer(value: Any, validate: bool) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .config import PRESETS, PolicyLossConfig
+from .config import PolicyLossConfig
+from .presets import PRESETS
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ def plan_credit(
     prompt_lengths: [B] int: tokens that enter the model besides; a response costs the sum of both. None: 0.
     max_tokens: most tokens (by that cost) of a micro-batch.
     config: of the loss. A response without credit or without a token is dropped; with a KL or entropy term only one
-        without a token is.
+        without a token is, and so where tokens are selected among those of a call (Clip-Cov, KL-Cov, top_entropy).
 
     Give every rank the whole batch: the plan is deterministic, so all of them make the same. The largest response goes
     to the emptiest micro-batch first, with the fewest micro-batches for which that fits (at most twice the tokens
@@ -80,7 +81,7 @@ def plan_credit(
     costs = {
         b: prompts[b] + length
         for b, length in enumerate(lengths)
-        if length and (credit[b] or not config.skips_zero_credit)
+        if length and (credit[b] or not config.skips_zero_credit or config.scope == "batch")
     }
     for b, cost in costs.items():
         if cost > max_tokens:

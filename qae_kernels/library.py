@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import checks, linear_head
-from .config import PolicyLossConfig
+from . import checks, linear_head, two_pass
+from .config import OBJECTIVES, PolicyLossConfig
 from .linear_head import LinearHead, gradient_dtype
 from .outputs import Advantages
+from .rows import Rows
 from .vocab_parallel import VocabParallel, group_of
 
 
@@ -45,20 +46,32 @@ def _sliced(path: Callable[[bool], ModuleType], triton: bool, group: str | None,
     return VocabParallel(_token_stats_path(triton), group_of(group), columns.shape[dim], columns.device)
 
 
-def _pack(config: PolicyLossConfig) -> tuple[str, str, list[float]]:
-    """What of a config the row kernels read, as an operator takes it; the rest is in the weights."""
-    dual_clip = math.inf if config.dual_clip is None else config.dual_clip
-    numbers = (config.eps_low, config.eps_high, dual_clip, config.kl_coef, config.entropy_coef, config.temperature)
-    return config.objective, config.kl_estimator, [float(x) for x in numbers]
+def _pack(config: PolicyLossConfig) -> tuple[str, str, str, list[float]]:
+    """What of a config the row kernels read, as an operator takes it; the rest is in the weights. None is inf."""
+    numbers = [math.inf if getattr(config, name) is None else getattr(config, name) for name in NUMBERS]
+    numbers += [config.numbers[name] for name in OBJECTIVES[config.objective].own]
+    return config.objective, config.ratio, config.kl_estimator, [float(x) for x in numbers]
 
 
-def _unpack(objective: str, kl_estimator: str, numbers: list[float]) -> PolicyLossConfig:
-    eps_low, eps_high, dual_clip, kl_coef, entropy_coef, temperature = numbers
-    return PolicyLossConfig(
-        objective, kl_estimator=kl_estimator, eps_low=eps_low, eps_high=eps_high,
-        dual_clip=None if dual_clip == math.inf else dual_clip, kl_coef=kl_coef, entropy_coef=entropy_coef,
-        temperature=temperature,
-    )  # fmt: skip
+def _unpack(objective: str, ratio: str, kl_estimator: str, numbers: list[float]) -> PolicyLossConfig:
+    values = dict(zip(NUMBERS, (None if x == math.inf else x for x in numbers), strict=False))
+    hyper = dict(zip(OBJECTIVES[objective].own, numbers[len(NUMBERS) :], strict=True))
+    return PolicyLossConfig(objective, ratio, kl_estimator=kl_estimator, hyper=hyper, **values)
+
+
+NUMBERS = ("eps_low", "eps_high", "dual_clip", "kl_coef", "entropy_coef", "temperature", "top_entropy",
+           "off_policy_threshold")  # fmt: skip
+
+
+def _takes_one_pass(config: PolicyLossConfig, group: str | None, triton: bool) -> bool:
+    """Whether one launch over the logits does it all: see `two_pass`."""
+    if config.scope != "token" or group is not None:
+        return False
+    if triton:
+        from .fused.objectives import device_function
+
+        return device_function(config.objective) is not None
+    return True
 
 
 def _per_row(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -71,22 +84,32 @@ def _per_row(tokens: Tensor, logits: Tensor) -> Tensor:
 SECOND_BACKWARD = "a second backward through one policy_loss: its gradient was handed out by the first; call it again"
 
 
+def _policy_loss_rows(
+    logits: Tensor, dlogits: Tensor | None, rows: Rows, config: PolicyLossConfig, entropy: str, group: str | None,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if _takes_one_pass(config, group, triton):
+        return _policy_loss_path(triton).policy_loss_rows(logits, dlogits, rows, config, entropy)
+    path = _sliced(_token_stats_path, triton, group, logits, -1)
+    return two_pass.policy_loss_rows(path, logits, dlogits, rows, config, entropy)
+
+
 @torch.library.custom_op("qae_kernels::policy_loss", mutates_args=())
 def _policy_loss(
     logits: Tensor, tokens: Tensor, weights: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None, rollout_weights: Tensor | None, objective: str, kl_estimator: str,
+    ref_logprobs: Tensor | None, rollout_weights: Tensor | None, rollout_logprobs: Tensor | None,
+    selected: Tensor | None, cu_seqlens: Tensor | None, objective: str, ratio: str, kl_estimator: str,
     numbers: list[float], entropy: str, group: str | None, with_gradient: bool, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], logprobs, entropy, gradient of the loss by the logits: [0] unless with_gradient).
 
     The backward hands that gradient out, multiplied in place: nobody else may look at it.
     """
-    path = _sliced(_policy_loss_path, triton, group, logits, -1)
-    dlogits = path.new_gradient(logits) if with_gradient else None
-    losses, logprobs, entropies = path.policy_loss_rows(
-        logits, dlogits, tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights,
-        _unpack(objective, kl_estimator, numbers), entropy,
-    )  # fmt: skip
+    dlogits = _policy_loss_path(triton).new_gradient(logits) if with_gradient else None
+    rows = Rows(tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights, rollout_logprobs, selected,
+                cu_seqlens)  # fmt: skip
+    config = _unpack(objective, ratio, kl_estimator, numbers)
+    losses, logprobs, entropies = _policy_loss_rows(logits, dlogits, rows, config, entropy, group, triton)
     return losses.sum(), logprobs, entropies, logits.new_empty(0) if dlogits is None else dlogits
 
 
@@ -131,9 +154,8 @@ class InplacePolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, rows, config, entropy, group, triton):
-        path = _sliced(_policy_loss_path, triton, group, logits, -1)
         dlogits = logits.detach()
-        losses, logprobs, entropies = path.policy_loss_rows(dlogits, dlogits, *rows, config, entropy)
+        losses, logprobs, entropies = _policy_loss_rows(dlogits, dlogits, rows, config, entropy, group, triton)
         torch.autograd.graph.increment_version(logits)  # whoever saved these logits must hear that they are gone
         ctx.dlogits, ctx.path = dlogits, _policy_loss_path(triton)
         ctx.set_materialize_grads(False)
@@ -151,13 +173,9 @@ class InplacePolicyLoss(torch.autograd.Function):
 
 
 def policy_loss(
-    logits: Tensor, rows: tuple[Tensor | None, ...], config: PolicyLossConfig, entropy: str, group: str | None,
-    inplace: bool, triton: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """rows: tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights.
-
-    Returns (loss, logprobs, entropy).
-    """
+    logits: Tensor, rows: Rows, config: PolicyLossConfig, entropy: str, group: str | None, inplace: bool, triton: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (loss, logprobs, entropy)."""
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     if inplace and with_gradient and not torch.compiler.is_compiling():
         return InplacePolicyLoss.apply(logits, rows, config, entropy, group, triton)
@@ -170,18 +188,22 @@ def policy_loss(
 @torch.library.custom_op("qae_kernels::linear_policy_loss", mutates_args=())
 def _linear_policy_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, weights: Tensor, advantages: Tensor,
-    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_weights: Tensor | None, objective: str,
+    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_weights: Tensor | None,
+    rollout_logprobs: Tensor | None, selected: Tensor | None, cu_seqlens: Tensor | None, objective: str, ratio: str,
     kl_estimator: str, numbers: list[float], logit_scale: float, softcap: float | None, entropy: str,
     max_chunk_bytes: int | None, group: str | None, operand: torch.dtype, wanted: list[bool], triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], logprobs, entropy [N], gradients of hidden, weight and bias: [0] unless wanted)."""
-    path = _sliced(_policy_loss_path, triton, group, weight, 0)
+    rows = Rows(tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights, rollout_logprobs, selected,
+                cu_seqlens)  # fmt: skip
+    config = _unpack(objective, ratio, kl_estimator, numbers)
+    path = _policy_loss_path if _takes_one_pass(config, group, triton) else _token_stats_path
+    path = _sliced(path, triton, group, weight, 0)
+    by_chunk = config.scope == "token"
+    compute = linear_head.policy_loss_rows if by_chunk else linear_head.two_pass_policy_loss_rows
     with torch.autocast(hidden.device.type, enabled=False):
         head = LinearHead(path, hidden, weight, bias, operand, tuple(wanted), max_chunk_bytes)
-        losses, logprobs, entropies = linear_head.policy_loss_rows(
-            head, tokens, weights, advantages, old_logprobs, ref_logprobs, rollout_weights,
-            _unpack(objective, kl_estimator, numbers), entropy, logit_scale, softcap,
-        )  # fmt: skip
+        losses, logprobs, entropies = compute(head, rows, config, entropy, logit_scale, softcap)
         return losses.sum(), logprobs, entropies, *head.gradients()
 
 
@@ -225,11 +247,10 @@ _linear_policy_loss.register_autograd(_linear_policy_loss_backward, setup_contex
 
 
 def linear_policy_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: tuple[Tensor | None, ...], config: PolicyLossConfig,
-    logit_scale: float, softcap: float | None, entropy: str, max_chunk_bytes: int | None, group: str | None,
-    triton: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, config: PolicyLossConfig, logit_scale: float,
+    softcap: float | None, entropy: str, max_chunk_bytes: int | None, group: str | None, triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """rows: as in `policy_loss`, [N]. Returns (loss, logprobs, entropy)."""
+    """rows: [N]. Returns (loss, logprobs, entropy)."""
     return _linear_policy_loss(
         hidden, weight, bias, *rows, *_pack(config), logit_scale, softcap, entropy, max_chunk_bytes, group,
         *_operand_and_wanted(hidden, weight, bias, triton), triton,

@@ -15,14 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import two_pass
 from .config import PolicyLossConfig
-from .reference.objectives import has_credit
+from .factors import weighted_losses
+from .reference.token_losses import has_credit
+from .rows import Rows
 from .vocab_parallel import VocabParallel
 
 Path = ModuleType | VocabParallel
@@ -145,37 +149,46 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 def policy_loss_rows(
-    head: LinearHead, tokens: Tensor, weights: Tensor, advantages: Tensor, old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None, rollout_weights: Tensor | None, config: PolicyLossConfig, entropy: str,
-    logit_scale: float, softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    head: LinearHead, rows: Rows, config: PolicyLossConfig, entropy: str, logit_scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (weighted loss of each row, logprobs, entropy) [N], and fills the gradients of the head.
 
     Rows without credit have no part in a gradient: they are not multiplied by the weight, or, where entropy is "all",
-    only for their entropy.
+    only for their entropy. For what `config.scope` calls "token": a chunk's logits are then formed once.
     """
+    compute = getattr(head.path, "policy_loss_rows", partial(two_pass.policy_loss_rows, head.path))
     temperature, softcap = before_scaling(config.temperature, logit_scale, softcap)
     config = replace(config, temperature=temperature)
-    credit = has_credit(weights, advantages, rollout_weights, config)
+    credit = has_credit(rows, config)
     active = credit.nonzero()[:, 0]  # waits for the device, before anything else is queued
-    idle = ((weights != 0) & ~credit).nonzero()[:, 0] if entropy == "all" else active[:0]
-    results = torch.zeros(3, len(tokens), dtype=head.dtype, device=tokens.device)
+    idle = (rows.mask & ~credit).nonzero()[:, 0] if entropy == "all" else active[:0]
+    results = torch.zeros(3, len(rows.tokens), dtype=head.dtype, device=rows.tokens.device)
 
     def run(wanted: Tensor, with_gradient: bool) -> None:
         for chunk in head.chunks(wanted, with_gradient):
-            rows = chunk.rows
-            optional = (None if x is None else x[rows] for x in (old_logprobs, ref_logprobs, rollout_weights))
-            results[:, rows] = torch.stack(
-                head.path.policy_loss_rows(
-                    chunk.logits, chunk.dlogits, tokens[rows], weights[rows], advantages[rows], *optional, config,
-                    entropy, softcap,
-                )
-            )  # fmt: skip
+            results[:, chunk.rows] = torch.stack(
+                compute(chunk.logits, chunk.dlogits, rows.at(chunk.rows), config, entropy, softcap)
+            )
             chunk.backward()
 
     run(active, any(head.wanted))
     run(idle, False)  # by then the scratch of the others is gone
     return tuple(x.clone() for x in results)
+
+
+def two_pass_policy_loss_rows(
+    head: LinearHead, rows: Rows, config: PolicyLossConfig, entropy: str, logit_scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for objectives that look further than their own token: the log-probabilities of all rows that some loss
+    depends on come first, then the logits of those that have a gradient are formed again."""
+    wanted = two_pass.wanted_rows(rows, config, entropy)
+    scaling = (config.temperature, logit_scale, softcap)
+    logprobs, entropies, peak, log_sum = token_logprobs_rows(head, rows.tokens, wanted, *scaling)
+    losses, dlogp, dentropy = weighted_losses(logprobs, entropies, rows, config, any(head.wanted))
+    if any(head.wanted):
+        dentropy = torch.zeros_like(dlogp) if dentropy is None else dentropy
+        token_logprobs_gradient(head, rows.tokens, wanted, peak, log_sum, entropies, dlogp, dentropy, *scaling)
+    return losses, logprobs, torch.zeros_like(entropies) if entropy == "none" else entropies
 
 
 def token_logprobs_rows(

@@ -1,71 +1,85 @@
-"""Token-level diagnostics of a policy loss, from the [N] vectors that the loss leaves behind."""
+"""Diagnostics of a policy loss, from the [N] vectors that it leaves behind: no second pass over the logits."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from .config import PolicyLossConfig
-from .reference.objectives import KL_ESTIMATORS, has_credit
+from .config import OBJECTIVES, PolicyLossConfig
+from .diagnostics import EXTREMES, WHAT, WHERE, Diagnostics
+from .reference.objectives import KL_ESTIMATORS
+from .reference.token_losses import has_credit, is_needed, log_ratios
+from .rows import Rows
 
 
-def loss_metrics(
+def clip_bounds(config: PolicyLossConfig) -> tuple[float, float] | None:
+    """Bounds of the log-ratio in this objective; None: it has none."""
+    if not {"eps_low", "eps_high"} <= set(OBJECTIVES[config.objective].numbers):
+        return None
+    if config.objective == "gmpo":
+        return -config.eps_low, config.eps_high
+    return math.log(1 - config.eps_low) if config.eps_low < 1 else -math.inf, math.log(1 + config.eps_high)
+
+
+def loss_diagnostics(
     logprobs: Tensor,
     entropy: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    rollout_weights: Tensor | None,
+    rows: Rows,
     config: PolicyLossConfig,
     whose_entropy: str = "all",
-) -> dict[str, Tensor]:
-    """Means over unmasked tokens, as 0-dim tensors; a mean over no token is 0.
+    hard: Tensor | None = None,
+) -> Diagnostics:
+    """From the [N] vectors that a loss leaves behind. Masked entries may hold anything.
 
-    Tensors have the shape of `tokens`; mask is bool. Masked entries may hold anything.
-    whose_entropy: the `entropy` of `policy_loss`. Unless it is "all", tokens without credit have not been read: they
-        count in active_fraction only, so every mean is over fewer tokens, and there is no entropy_zero. For "none"
-        there are no entropies.
-
-    entropy; entropy_positive, entropy_negative, entropy_zero: mean entropy, of all tokens and by sign of advantage
-    clip_fraction_low, clip_fraction_high: share of tokens whose gradient the lower (A < 0) or upper (A > 0) bound stops
-    ratio_mean, ratio_max: of the importance ratio
-    approx_kl: k3 estimate of KL(old || current), mean of r - 1 - log r
-    active_fraction: share of tokens that carry credit: advantage and rollout weight not 0; 1 with a KL or entropy term
-    kl: mean of the penalty's estimate of KL(current || reference); 0 without ref_logprobs
+    whose_entropy: the `entropy` of `policy_loss`. Unless it is "all", tokens that no loss depends on have not been
+        read: they count in tokens and active_fraction only, and there is no entropy of advantage zero. For "none" there
+        are no entropies.
+    hard: bool per token: the group of its response is hard.
     """
-    active = has_credit(mask, advantages, rollout_weights, config)
-    active_fraction = active.sum() / mask.sum().clamp(min=1)
-    if whose_entropy != "all":
-        mask = active
+    rows = rows.flat().cleaned()
+    logprobs, entropy = logprobs.reshape(-1), entropy.reshape(-1)
+    unmasked, active = rows.mask, has_credit(rows, config)
+    read = unmasked if whose_entropy == "all" else is_needed(rows, config)
+    zero = torch.zeros_like(logprobs)
 
-    def mean(values: Tensor, where: Tensor = mask) -> Tensor:
-        return torch.where(where, values, 0).sum() / where.sum().clamp(min=1)
-
-    if old_logprobs is None:
-        log_ratio = torch.zeros_like(logprobs)
-    else:
-        log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    log_ratio = zero if rows.old_logprobs is None else torch.where(read, log_ratios(logprobs, rows, config), 0)
     ratio = log_ratio.exp()
-    clipped_low = (ratio < 1 - config.eps_low) & (advantages < 0)
-    clipped_high = (ratio > 1 + config.eps_high) & (advantages > 0)
-    if ref_logprobs is None:
-        kl = logprobs.new_zeros(())
-    else:
-        kl = mean(KL_ESTIMATORS[config.kl_estimator](logprobs, ref_logprobs))
-    metrics = {
-        "clip_fraction_low": mean(clipped_low.to(ratio.dtype)),
-        "clip_fraction_high": mean(clipped_high.to(ratio.dtype)),
-        "ratio_mean": mean(ratio),
-        "ratio_max": torch.where(mask, ratio, 0).amax() if ratio.numel() else ratio.new_zeros(()),
-        "approx_kl": mean(ratio - 1 - log_ratio),
-        "active_fraction": active_fraction,
-        "kl": kl,
-    }
+    low, high = clip_bounds(config) or (-math.inf, math.inf)
+    clipped_low = (log_ratio < low) & (rows.advantages < 0)
+    clipped_high = (log_ratio > high) & (rows.advantages > 0)
+    stops = config.objective != "cispo"
+    kl = zero
+    if rows.ref_logprobs is not None:
+        kl = KL_ESTIMATORS[config.kl_estimator](logprobs, rows.ref_logprobs, log_ratio)
+    scored, mismatch = torch.zeros_like(read), zero
+    if rows.rollout_logprobs is not None:
+        trainer = logprobs if rows.old_logprobs is None else rows.old_logprobs
+        scored = read & ~rows.rollout_logprobs.isnan()
+        mismatch = torch.where(scored, trainer - rows.rollout_logprobs, 0)
+
+    values = {
+        "tokens": torch.ones_like(zero), "entropy": entropy, "ratio": ratio, "approx_kl": ratio - 1 - log_ratio,
+        "clip_low": clipped_low, "clip_high": clipped_high, "active": active,
+        "effective": active & ~((clipped_low | clipped_high) & stops), "kl": kl, "scored": scored,
+        "mismatch": mismatch.abs(), "mismatch_kl": mismatch.exp() - 1 - mismatch,
+    }  # fmt: skip
+    where = {
+        "unmasked": unmasked, "read": read, "positive": read & (rows.advantages > 0),
+        "negative": read & (rows.advantages < 0), "zero": read & (rows.advantages == 0),
+        "hard": torch.zeros_like(read) if hard is None else read & hard,
+        "easy": torch.zeros_like(read) if hard is None else read & ~hard,
+    }  # fmt: skip
+    counted = torch.stack([where[name] for name in WHERE]).double()
+    known = torch.stack([unmasked if name in ("tokens", "active") else read for name in WHAT])
+    summands = torch.where(known, torch.stack([values[name].double() for name in WHAT]), 0)
+    largest = torch.stack([ratio, -ratio, torch.where(scored, mismatch.abs(), 0)]).double()
+    largest = torch.where(read, largest, -torch.inf)
+    has = {"loss", *(["hard"] if hard is not None else []), *(["rollout"] if rows.rollout_logprobs is not None else [])}
     if whose_entropy != "none":
-        metrics["entropy"] = mean(entropy)
-        metrics["entropy_positive"] = mean(entropy, mask & (advantages > 0))
-        metrics["entropy_negative"] = mean(entropy, mask & (advantages < 0))
-        if whose_entropy == "all" or not config.skips_zero_credit:
-            metrics["entropy_zero"] = mean(entropy, mask & (advantages == 0))
-    return metrics
+        has |= {"entropy"} | ({"zero"} if whose_entropy == "all" or not config.skips_zero_credit else set())
+    return Diagnostics.empty(
+        logprobs.device, sums=counted @ summands.T, has=frozenset(has),
+        extremes=largest.amax(1) if largest.numel() else largest.new_full((len(EXTREMES),), -torch.inf),
+    )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -13,12 +12,16 @@ from torch.distributed import ProcessGroup
 
 from . import checks, library
 from .aggregation import spread_to_rows, token_weights
-from .config import PRESETS, PolicyLossConfig
-from .metrics import loss_metrics
+from .config import PolicyLossConfig
+from .diagnostics import Diagnostics
+from .metrics import loss_diagnostics
 from .outputs import Advantages, PolicyLossOutput
+from .presets import PRESETS
+from .rows import Rows, row_offsets
 from .vocab_parallel import slice_sizes
 
 BACKENDS = ("auto", "triton", "torch")
+SELECTING = ("clip_cov", "kl_cov")  # objectives that act on selected tokens
 
 
 def _use_triton(backend: str, x: Tensor, *others: Tensor) -> bool:
@@ -121,6 +124,8 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    selected: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig = PRESETS["dapo"],
     entropy: str = "all",
@@ -139,7 +144,12 @@ def policy_loss(
     mask: shape of tokens; 0 or False: the row is not there. It may hold anything: NaN, Inf, token -100.
     cu_seqlens: [B + 1] int, where each response of a packed batch begins; the last is N.
     ref_logprobs: shape of tokens: needed by `config.kl_coef`, logged as metrics["kl"] without it.
-    rollout_weights: shape of tokens, or [B]: factor of each token's objective (importance weight of the sampler).
+    rollout_weights: shape of tokens, or [B]: factor of each token's objective (importance weight of the sampler, see
+        `rollout_correction`; or 0 and 1, to leave tokens out that stay in the normalizer).
+    rollout_logprobs: shape of tokens: log-probabilities as the sampler computed them, NaN where it did not. Read by
+        `config.off_policy_threshold`, and logged against the others as the mismatch of sampler and trainer.
+    selected: shape of tokens, bool: the tokens that Clip-Cov or KL-Cov acts on, from `select_tokens` over the whole
+        batch; None: they are selected among the tokens of this call.
     normalizer: what the summed loss is divided by, see `PolicyLossConfig.aggregation`; give the global batch's count
         when this call is one micro-batch of several. Number or 0-dim tensor; 0 counts as 1.
     entropy: whose entropy is computed, for the log. "all": of every row. "active": of the rows that carry credit; the
@@ -172,64 +182,85 @@ def policy_loss(
         raise ValueError(f"inplace=True needs rows that do not share memory; got strides {logits.stride()}")
     rows = _rows(
         torch.promote_types(logits.dtype, torch.float32), tokens, mask, advantages, cu_seqlens, old_logprobs,
-        ref_logprobs, rollout_weights, normalizer, config, entropy, validate,
+        ref_logprobs, rollout_weights, rollout_logprobs, selected, normalizer, config, entropy, validate,
     )  # fmt: skip
     loss, logprobs, entropies = library.policy_loss(
         logits, rows, config, entropy, group, inplace, _use_triton(backend, logits)
     )
-    return PolicyLossOutput(loss, logprobs, entropies, _metrics(logprobs, entropies, mask, rows, config, entropy))
+    return PolicyLossOutput(
+        loss, logprobs, entropies, partial(_diagnose, logprobs, entropies, rows, config, entropy, cu_seqlens)
+    )
 
 
 def _rows(
     dtype: torch.dtype, tokens: Tensor, mask: Tensor, advantages: Tensor, cu_seqlens: Tensor | None,
     old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_weights: Tensor | None,
-    normalizer: float | Tensor | None, config: PolicyLossConfig, entropy: str, validate: bool,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Checks what a loss is told of its rows. Returns (tokens, weights, advantages, old_logprobs, ref_logprobs,
-    rollout_weights), shape of tokens; one value per response stays one number in memory where strides allow it."""
+    rollout_logprobs: Tensor | None, selected: Tensor | None, normalizer: float | Tensor | None,
+    config: PolicyLossConfig, entropy: str, validate: bool,
+) -> Rows:  # fmt: skip
+    """Checks what a loss is told of its rows. One value per response stays one number in memory where strides allow."""
     if not isinstance(config, PolicyLossConfig):
         raise ValueError(f"config must be a PolicyLossConfig, such as PRESETS['dapo']; got {config!r}")
     shape, device = tokens.shape, tokens.device
     checks.offsets(cu_seqlens, tokens.numel(), tokens.dim() == 1, device, validate)
     values = {"advantages": advantages, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
-              "rollout_weights": rollout_weights}  # fmt: skip
+              "rollout_weights": rollout_weights, "rollout_logprobs": rollout_logprobs}  # fmt: skip
     checks.is_tensor("advantages", advantages)
     for name, value in values.items():
         checks.row_values(name, value, shape, cu_seqlens, validate)
         if value is not None:
             checks.same_device(name, value, device)
-    for name in ("old_logprobs", "ref_logprobs"):
+    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
         if values[name] is not None:
             checks.shape(name, values[name], shape)
+    checks.selected(selected, config.objective, SELECTING, shape, device)
     checks.normalizer(normalizer, validate)
     if config.kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"kl_coef is {config.kl_coef}: the KL penalty needs ref_logprobs")
     checks.one_of("entropy", entropy, ("all", "active", "none"))
     if config.entropy_coef != 0 and entropy == "none":
         raise ValueError(f"entropy_coef is {config.entropy_coef}: that needs the entropy; entropy='none' computes none")
+    if config.top_entropy < 1 and entropy == "none":
+        raise ValueError(f"top_entropy is {config.top_entropy}: that needs the entropy; entropy='none' computes none")
+    offsets = None
+    if config.needs_responses:
+        offsets = row_offsets(shape, None if cu_seqlens is None else cu_seqlens.clone(), device)
+        if offsets is None:
+            raise ValueError(
+                f"objective {config.objective!r} with ratio {config.ratio!r} and off_policy_threshold "
+                f"{config.off_policy_threshold} needs to know the responses: pass [B, T] tensors, or cu_seqlens"
+            )
     normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     weights = token_weights(
         mask, config.aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer,
         loss_scale_factor=config.loss_scale_factor, dtype=dtype,
     )  # fmt: skip
 
-    def per_row(x: Tensor | None) -> Tensor | None:
+    def own(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
         x = x.detach().to(dtype, copy=True)  # metrics are read later: the caller may reuse its buffers
-        if x.shape == shape:
-            return x
-        return x[:, None].expand(shape) if len(shape) == 2 else spread_to_rows(x, cu_seqlens, shape[0])
+        return _per_row(x, shape, cu_seqlens)
 
-    return tokens, weights, *(per_row(x) for x in values.values())
+    selected = None if selected is None else selected.clone()
+    return Rows(tokens, weights, *(own(x) for x in values.values()), selected, offsets)
 
 
-def _metrics(
-    logprobs: Tensor, entropies: Tensor, mask: Tensor, rows: tuple[Tensor | None, ...], config: PolicyLossConfig,
-    entropy: str,
-) -> Callable[[], dict[str, Tensor]]:  # fmt: skip
-    _, _, advantages, old, ref, rollout = rows
-    return partial(loss_metrics, logprobs, entropies, advantages, mask, old, ref, rollout, config, entropy)
+def _per_row(x: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
+    """[B] -> shape of tokens; what has that shape stays as it is."""
+    if x.shape == shape:
+        return x
+    return x[:, None].expand(shape) if len(shape) == 2 else spread_to_rows(x, cu_seqlens, shape[0])
+
+
+def _diagnose(
+    logprobs: Tensor, entropies: Tensor, rows: Rows, config: PolicyLossConfig, entropy: str,
+    cu_seqlens: Tensor | None, hard: Tensor | None,
+) -> Diagnostics:  # fmt: skip
+    if hard is not None:
+        hard = _per_row(checks.boolean("hard", hard, logprobs.shape, cu_seqlens), logprobs.shape, cu_seqlens)
+        hard = hard.reshape(-1)
+    return loss_diagnostics(logprobs, entropies, rows, config, entropy, hard)
 
 
 def _whole_vocabulary(columns: Tensor, dim: int, process_group: ProcessGroup | None, validate: bool) -> int | None:
@@ -255,6 +286,8 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    selected: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     config: PolicyLossConfig = PRESETS["dapo"],
     entropy: str = "all",
@@ -300,17 +333,19 @@ def linear_policy_loss(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     rows = _rows(
-        dtype, tokens, mask, advantages, cu_seqlens, old_logprobs, ref_logprobs, rollout_weights, normalizer, config,
-        entropy, validate,
+        dtype, tokens, mask, advantages, cu_seqlens, old_logprobs, ref_logprobs, rollout_weights, rollout_logprobs,
+        selected, normalizer, config, entropy, validate,
     )  # fmt: skip
     loss, logprobs, entropies = library.linear_policy_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias,
-        tuple(None if x is None else x.reshape(-1) for x in rows), config, float(logit_scale),
+        rows.flat(), config, float(logit_scale),
         None if logit_softcap is None else float(logit_softcap), entropy, max_chunk_bytes, group,
         _use_triton(backend, hidden, weight),
     )  # fmt: skip
     logprobs, entropies = logprobs.view(tokens.shape), entropies.view(tokens.shape)
-    return PolicyLossOutput(loss, logprobs, entropies, _metrics(logprobs, entropies, mask, rows, config, entropy))
+    return PolicyLossOutput(
+        loss, logprobs, entropies, partial(_diagnose, logprobs, entropies, rows, config, entropy, cu_seqlens)
+    )
 
 
 def linear_token_logprobs(

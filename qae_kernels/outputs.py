@@ -9,6 +9,8 @@ from functools import wraps
 import torch
 from torch import Tensor
 
+from .diagnostics import Diagnostics
+
 
 def lazy(method: Callable) -> property:
     """`functools.cached_property`, without the lock that `torch.compile` cannot trace."""
@@ -78,17 +80,22 @@ class PolicyLossOutput:
 
     loss: 0-dim, differentiable.
     logprobs, entropy: of every row, f32, shape of `tokens`, detached; 0 on masked rows. Nats.
-    metrics: dict of 0-dim tensors on the device, computed on first access, without host synchronisation:
-        see `qae_kernels.metrics.loss_metrics`.
+    metrics: dict of 0-dim float64 tensors on the device, computed on first access, without host synchronisation:
+        see `Diagnostics`.
     """
 
     loss: Tensor
     logprobs: Tensor
     entropy: Tensor
-    _compute_metrics: Callable[[], dict[str, Tensor]]
+    _diagnose: Callable[[Tensor | None], Diagnostics]
     _computed: dict = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @lazy
     def metrics(self) -> dict[str, Tensor]:
+        return self.diagnostics().metrics()
+
+    def diagnostics(self, hard: Tensor | None = None) -> Diagnostics:
+        """What adds up to the diagnostics of a step. hard: bool, shape of tokens or [B]: the responses whose group is
+        hard (`Advantages.hard`), for the entropies by regime. Raises ValueError for any other shape or dtype."""
         with torch.no_grad():
-            return self._compute_metrics()
+            return self._diagnose(hard)

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from .aggregation import token_weights
-from .config import PRESETS, PolicyLossConfig
+from .config import PolicyLossConfig
+from .presets import PRESETS
+from .rows import Rows
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONFIGS = {
@@ -158,6 +160,13 @@ class Inputs:
         return {"loss": output.loss.detach(), "logprobs": output.logprobs, "entropy": output.entropy,
                 "gradient": leaf.grad}  # fmt: skip
 
+    def offsets(self) -> Tensor:
+        """Where each response begins among the rows."""
+        if self.rows["cu_seqlens"] is not None:
+            return self.rows["cu_seqlens"]
+        responses, length = self.tokens.shape
+        return torch.arange(responses + 1, device=self.tokens.device) * length
+
     def by_reference(self, config: PolicyLossConfig, dtype: torch.dtype) -> dict[str, Tensor]:
         """The reference by autograd, with logits of the given dtype."""
         from .reference.policy_loss import policy_loss
@@ -169,8 +178,12 @@ class Inputs:
             loss_scale_factor=config.loss_scale_factor, dtype=precision,
         )  # fmt: skip
         loss, logprobs, entropy = policy_loss(
-            logits, self.tokens, self.advantages.to(precision), weights, config=config,
-            old_logprobs=self.rows["old_logprobs"].to(precision), ref_logprobs=self.rows["ref_logprobs"].to(precision),
+            logits,
+            Rows(
+                self.tokens, weights, self.advantages.to(precision), self.rows["old_logprobs"].to(precision),
+                self.rows["ref_logprobs"].to(precision), cu_seqlens=self.offsets(),
+            ),
+            config=config,
         )  # fmt: skip
         loss.backward()
         return {"loss": loss.detach(), "logprobs": logprobs.detach(), "entropy": entropy.detach(),
@@ -269,8 +282,8 @@ def linear_results(device: torch.device, backend: str, vocab: int, dtype_name: s
         def exact_loss(hidden, weight, bias, options=options, old=old):
             logits = head_logits(hidden, weight, bias, **options)
             weights = token_weights(inputs.mask, "token-mean", dtype=logits.dtype)
-            values = policy_loss(logits, tokens, inputs.advantages.to(logits.dtype), weights,
-                                 old_logprobs=old.to(logits.dtype), config=PRESETS["dapo"])  # fmt: skip
+            rows = Rows(tokens, weights, inputs.advantages.to(logits.dtype), old.to(logits.dtype))
+            values = policy_loss(logits, rows, config=PRESETS["dapo"])
             return dict(zip(("loss", "logprobs", "entropy"), values, strict=True))
 
         def statistics(hidden, weight, bias, options=options):

@@ -17,10 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .chunked.policy_loss import recording
-from .config import PolicyLossConfig
-from .reference.objectives import has_credit, token_losses
-
 
 def group_of(name: str) -> dist.ProcessGroup:
     """Operators of a graph take strings and no process groups."""
@@ -35,7 +31,7 @@ def slice_sizes(vocab: int, group: dist.ProcessGroup, device: torch.device) -> T
 
 
 class VocabParallel:
-    """The launchers of `fused.token_stats` or `chunked.token_stats` (`path`), and the policy loss, for sliced rows.
+    """The launchers of `fused.token_stats` or `chunked.token_stats` (`path`) for sliced rows.
 
     Tokens are those of the whole vocabulary. What is returned per row is of the whole row, and the same on all ranks.
     """
@@ -75,38 +71,3 @@ class VocabParallel:
     def token_logprobs_gradient(self, logits: Tensor, dlogits: Tensor, tokens: Tensor, *others) -> None:
         """Fills dlogits with this rank's slice of the gradient."""
         self.path.token_logprobs_gradient(logits, dlogits, tokens - self.first_column, *others)
-
-    def policy_loss_rows(
-        self, logits: Tensor, dlogits: Tensor | None, tokens: Tensor, weights: Tensor, advantages: Tensor,
-        old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_weights: Tensor | None,
-        config: PolicyLossConfig, entropy: str = "all", softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Fills dlogits with this rank's slice of the gradient.
-
-        Returns (weighted loss of each row, logprobs, entropy).
-        """
-        active = has_credit(weights, advantages, rollout_weights, config)
-        wanted = weights != 0 if entropy == "all" else active
-        logprobs, entropies, peak, log_sum = self.token_logprobs_rows(
-            logits, tokens, wanted, config.temperature, softcap
-        )
-
-        def clean(x: Tensor | None) -> Tensor | None:
-            return None if x is None else torch.where(wanted, x, 0)
-
-        def losses_of(logprobs: Tensor, entropies: Tensor) -> Tensor:
-            optional = (clean(x) for x in (old_logprobs, ref_logprobs, rollout_weights))
-            return clean(weights) * token_losses(logprobs, entropies, clean(advantages), *optional, config)
-
-        if dlogits is None:
-            losses = losses_of(logprobs, entropies)
-        else:
-            with recording():
-                lp, ent = logprobs.detach().requires_grad_(), entropies.detach().requires_grad_()
-                losses = losses_of(lp, ent)
-                dlogp, dentropy = torch.autograd.grad(losses.sum(), (lp, ent), allow_unused=True)
-            dentropy = torch.zeros_like(dlogp) if dentropy is None else dentropy
-            self.token_logprobs_gradient(
-                logits, dlogits, tokens, wanted, peak, log_sum, entropies, dlogp, dentropy, config.temperature, softcap
-            )
-        return losses.detach(), logprobs, torch.zeros_like(entropies) if entropy == "none" else entropies

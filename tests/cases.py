@@ -11,6 +11,7 @@ from torch import Tensor
 from qae_kernels import PRESETS, PolicyLossConfig, policy_loss, token_weights
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
 from qae_kernels.reference.token_stats import token_logprobs as reference_token_logprobs
+from qae_kernels.rows import Rows
 
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 CONFIGS = {
@@ -21,6 +22,22 @@ CONFIGS = {
     "k3": PolicyLossConfig(kl_coef=0.3, kl_estimator="k3"),
     "entropy": PolicyLossConfig(entropy_coef=0.2),
     "entropy penalty": PolicyLossConfig(entropy_coef=-0.2),
+    "k3_is": PolicyLossConfig(kl_coef=0.3, kl_estimator="k3_is"),
+    "several clip_cov": PolicyLossConfig(objective="clip_cov", hyper={"share": 0.3, "low": -0.5, "high": 2.0}),
+    "several kl_cov": PolicyLossConfig(objective="kl_cov", hyper={"share": 0.3}),
+    "off_policy": PolicyLossConfig(off_policy_threshold=-0.1),
+    "cispo of responses": PolicyLossConfig(objective="cispo", ratio="sequence", aggregation="seq-mean-token-mean"),
+    "sapo of responses": PolicyLossConfig(objective="sapo", ratio="sequence-token"),
+    "everything of responses": PolicyLossConfig(
+        ratio="sequence",
+        dual_clip=1.5,
+        kl_coef=0.1,
+        kl_estimator="k3_is",
+        entropy_coef=0.05,
+        temperature=1.3,
+        top_entropy=0.5,
+        off_policy_threshold=0.2,
+    ),
     "everything": PolicyLossConfig(dual_clip=1.5, kl_coef=0.1, entropy_coef=0.05, temperature=1.3),
 }
 LAYOUTS = ("padded", "packed")
@@ -128,7 +145,8 @@ def run(batch: Batch, advantages: Tensor, config: PolicyLossConfig, upstream: fl
 
 def reference(
     batch: Batch, advantages: Tensor, config: PolicyLossConfig, *, dtype: torch.dtype = torch.float64, mask=None,
-    old_logprobs=None, ref_logprobs=None, rollout_weights=None, cu_seqlens=None, normalizer=None,
+    old_logprobs=None, ref_logprobs=None, rollout_weights=None, rollout_logprobs=None, selected=None, cu_seqlens=None,
+    normalizer=None,
 ) -> Result:  # fmt: skip
     """The same in plain PyTorch, in float64 unless told otherwise."""
     logits = batch.logits.detach().to(dtype).requires_grad_()
@@ -137,11 +155,15 @@ def reference(
         mask, config.aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer,
         loss_scale_factor=config.loss_scale_factor, dtype=dtype,
     )  # fmt: skip
-    optional = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights}
+    optional = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_weights": rollout_weights,
+                "rollout_logprobs": rollout_logprobs}  # fmt: skip
     optional = {name: None if x is None else batch.spread(x.to(dtype)) for name, x in optional.items()}
-    loss, logprobs, entropy = reference_policy_loss(
-        logits, batch.tokens, batch.spread(advantages.to(dtype)), weights, config=config, **optional
+    if cu_seqlens is None and batch.tokens.dim() == 2:
+        cu_seqlens = torch.arange(len(batch.tokens) + 1, device=logits.device) * batch.tokens.shape[1]
+    rows = Rows(
+        batch.tokens, weights, batch.spread(advantages.to(dtype)), **optional, selected=selected, cu_seqlens=cu_seqlens
     )
+    loss, logprobs, entropy = reference_policy_loss(logits, rows, config=config)
     loss.backward()
     return Result(loss.detach(), logprobs.detach(), entropy.detach(), logits.grad)
 

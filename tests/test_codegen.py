@@ -138,13 +138,14 @@ def other_numbers():
     from qae_kernels.fused.advantages import group_advantages, group_advantages_kernel
     from qae_kernels.fused.policy_loss import policy_loss_kernel, policy_loss_rows
     from qae_kernels.fused.token_stats import token_logprobs_kernel, token_logprobs_rows
+    from qae_kernels.rows import Rows
 
     logits, tokens, row = torch.empty(64, 507), torch.zeros(64, dtype=torch.long), torch.zeros(64)
     with compile_only("sm_90"):
         for number in (0.5, 1.0, 0.25, 0.7, 3.0):
             config = PolicyLossConfig(eps_low=min(number, 1), eps_high=number, kl_coef=number, entropy_coef=number,
                                       temperature=number, dual_clip=number + 1)  # fmt: skip
-            policy_loss_rows(logits, logits, tokens, row, row, row, row, row, config)
+            policy_loss_rows(logits, logits, Rows(tokens, row, row, row, row, row), config)
             token_logprobs_rows(logits, tokens, tokens == 0, number)
             # 0.123456785 less one unit of 1e-9 is a multiple of 16, as is 0: what Triton specialises on
             for groups, k, correction in ((16, number / 4, 1), (64, 0.123456785, 0), (64, number / 4, 16)):
@@ -169,6 +170,7 @@ def other_shapes():
         token_logprobs_kernel,
         token_logprobs_rows,
     )
+    from qae_kernels.rows import Rows
 
     full, flat = torch.empty(6, 16, 512), torch.empty(96, 507)
     with compile_only("sm_90"):
@@ -176,7 +178,7 @@ def other_shapes():
                        full[:, :-1, :507], full[0, :, :507]):  # fmt: skip
             tokens = torch.zeros(logits.shape[:-1], dtype=torch.long)
             row = torch.zeros(tokens.shape)
-            policy_loss_rows(logits, logits, tokens, row, row, row, None, None, PRESETS["dapo"])
+            policy_loss_rows(logits, logits, Rows(tokens, row, row, row), PRESETS["dapo"])
             scale_gradient(logits, torch.ones(()))
             logprobs, entropy, peak, log2_sum = token_logprobs_rows(logits, tokens, tokens == 0, 1.0)
             token_logprobs_gradient(

@@ -20,6 +20,7 @@ from integration.update import recompute_logprobs, update_policy
 from integration.warm_start import warm_start
 from qae_kernels import PolicyLossConfig, group_advantages
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
+from qae_kernels.rows import Rows
 
 TINY = TrainConfig(
     device="cpu", backend="torch", steps=3, prompts_per_step=4, group_size=4, minibatches=2, max_new_tokens=16,
@@ -212,9 +213,12 @@ def test_update_is_the_dapo_gradient_of_all_responses(policy, task, max_tokens):
 
     logits, mask = padded_logits(model, rollout, torch.arange(16))
     loss, logprobs, entropy = reference_policy_loss(
-        logits, rollout.response_ids, advantages.advantages[:, None].expand(mask.shape), mask / mask.sum(),
-        old_logprobs=rollout.logprobs, config=PolicyLossConfig(eps_low=0.05, eps_high=0.1),
-    )  # fmt: skip
+        logits,
+        Rows(
+            rollout.response_ids, mask / mask.sum(), advantages.advantages[:, None].expand(mask.shape), rollout.logprobs
+        ),
+        config=PolicyLossConfig(eps_low=0.05, eps_high=0.1),
+    )
     expected = torch.autograd.grad(loss, list(model.parameters()))
     ratio = (logprobs - rollout.logprobs)[mask].exp()
     assert (ratio < 0.95).any() and (ratio > 1.1).any(), "want ratios beyond the clip bounds"

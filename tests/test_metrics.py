@@ -33,6 +33,14 @@ def metrics_by_hand(out, batch, config, old, ref):
         "clip_fraction_high": mean(r > 1 + config.eps_high and t[1] > 0 for r, t in zip(ratios, tokens, strict=True)),
         "ratio_mean": mean(ratios),
         "ratio_max": max(ratios),
+        "ratio_min": min(ratios),
+        "tokens": len(tokens),
+        "effective_tokens": sum(
+            (config.kl_coef != 0 or config.entropy_coef != 0 or t[1] != 0)
+            and not (r < 1 - config.eps_low and t[1] < 0)
+            and not (r > 1 + config.eps_high and t[1] > 0)
+            for r, t in zip(ratios, tokens, strict=True)
+        ),
         "approx_kl": mean(r - 1 - t[2] for r, t in zip(ratios, tokens, strict=True)),
         "active_fraction": mean(config.kl_coef != 0 or config.entropy_coef != 0 or a != 0 for _, a, _, _ in tokens),
         "kl": 0.0 if ref is None else mean(kl[config.kl_estimator](d) for _, _, _, d in tokens),
@@ -86,7 +94,7 @@ def test_tokens_without_rollout_weight_carry_no_credit(backend, device):
 @pytest.mark.parametrize("entropy", ["active", "none"])
 @pytest.mark.parametrize("name", ["dapo", "k3"])
 def test_metrics_of_the_rows_that_were_read(name, entropy, backend, device):
-    """As if the rows without credit were masked, except for active_fraction; no key of an entropy that is not known."""
+    """As if the rows without credit were masked, except for counts of all tokens; no entropy that is not known."""
     config = CONFIGS[name]
     batch = make_batch(57, device=device)
     advantages, keywords = optional_arguments(batch, ref=True, rollout=True)
@@ -98,7 +106,7 @@ def test_metrics_of_the_rows_that_were_read(name, entropy, backend, device):
 
     whole = metrics(mask, "all")
     expected = metrics(mask & (batch.advantages != 0), "all") if config.skips_zero_credit else whole
-    expected["active_fraction"] = whole["active_fraction"]
+    expected |= {key: whole[key] for key in ("active_fraction", "tokens")}
     got = metrics(mask, entropy)
     if entropy == "none":
         expected = {key: value for key, value in expected.items() if not key.startswith("entropy")}

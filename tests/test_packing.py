@@ -30,9 +30,9 @@ from integration.config import TrainConfig
 from integration.packing import hidden_states, output_head, pack, use_packed_attention
 from integration.rollout import Rollout
 from integration.update import policy_gradient, recompute_logprobs, sum_gradients, update_policy
-from qae_kernels import group_advantages, linear_token_logprobs, plan_credit, token_weights
-from qae_kernels.config import PRESETS
+from qae_kernels import PRESETS, group_advantages, linear_token_logprobs, plan_credit, token_weights
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
+from qae_kernels.rows import Rows
 
 VOCAB, GROUP_SIZE, PROMPT, RESPONSE = 37, 4, 5, 12  # longest prompt and response
 REWARDS = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]).float().flatten()
@@ -323,8 +323,12 @@ class Case:
         config, dtype = CONFIGS[self.config], logits.dtype
         weights = token_weights(mask, config.aggregation, loss_scale_factor=config.loss_scale_factor, dtype=dtype)
         loss, *_ = reference_policy_loss(
-            logits, rollout.response_ids, advantages[:, None].expand(mask.shape).to(dtype), weights,
-            old_logprobs=rollout.logprobs.to(dtype), ref_logprobs=ref.to(dtype), config=config,
+            logits,
+            Rows(
+                rollout.response_ids, weights, advantages[:, None].expand(mask.shape).to(dtype),
+                rollout.logprobs.to(dtype), ref.to(dtype),
+            ),
+            config=config,
         )  # fmt: skip
         model.zero_grad()
         loss.backward()

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import qae_kernels.chunked.policy_loss
+import qae_kernels.factors
 import qae_kernels.linear_head
 import qae_kernels.reference.advantages
 from qae_kernels.validate import CONFIGS, LAYOUTS, compare, main
 
 compute_statistics = qae_kernels.chunked.policy_loss.row_statistics
-compute_losses = qae_kernels.chunked.policy_loss.token_losses
+compute_losses = qae_kernels.factors.token_losses
 
 
 def of_the_whole_batch(logits, rows, *rest, **keywords):
@@ -59,7 +60,7 @@ def test_pytorch_path_passes():
         (qae_kernels.chunked.token_stats, "write_row_gradient", lambda *args: None, "token_logprobs"),
         (qae_kernels.chunked.policy_loss, "new_gradient", lambda x: torch.full_like(x, 1e-30), "zero-credit"),
         (qae_kernels.chunked.policy_loss, "row_statistics", of_the_whole_batch, "other bits alone"),
-        (qae_kernels.chunked.policy_loss, "token_losses", noisy, "other bits on repeat"),
+        (qae_kernels.factors, "token_losses", noisy, "other bits on repeat"),
         (qae_kernels.linear_head, "before_scaling", lambda temperature, scale, cap: (temperature, cap), "linear"),
     ],
 )

@@ -8,8 +8,10 @@ A masked row (w = 0) is not read at all. A row without credit (advantage 0, no K
 entropy, and gets zeros; where nobody wants its entropy (READ_IDLE false) it is not read either. A row whose token is
 clipped gets zeros as well. The kernel knows no objective: `OBJECTIVE` and `KL` are device functions (`objectives.py`).
 
-Shapes: logits [N, V] or [B, T, V]; tokens, weights, old_logprobs, ref_logprobs, rollout_weights as the
-rows; advantages too, or one per response through a stride of 0. Backward keeps dx, and nothing else.
+Only for what `config.scope` calls "token"; the others take two launches (`two_pass.py`).
+
+Shapes: logits [N, V] or [B, T, V]; what `Rows` holds as the rows, one number per response through a stride of 0 in the
+advantages. Backward keeps dx, and nothing else.
 """
 
 import torch
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..config import PolicyLossConfig
+from ..rows import Rows
 from . import objectives
 from .token_stats import (
     as_rows,
@@ -71,11 +74,12 @@ def policy_loss_kernel(
             old_logprob = tl.load(old_ptr + row)
         else:  # on-policy; finite, so that a token of probability 0 has the ratio 0
             old_logprob = tl.where(logprob == float("-inf"), 0.0, logprob)
-        loss, dlogp = OBJECTIVE(logprob, old_logprob, advantage, hyper)
+        log_ratio = logprob - old_logprob
+        loss, dlogp = OBJECTIVE(log_ratio, logprob, advantage, hyper)
         loss = tl.where(credit == 0, 0.0, loss * importance)
         dlogp = tl.where(credit == 0, 0.0, dlogp * importance)
         if ref_ptr is not None:
-            kl, dkl = KL(logprob, tl.load(ref_ptr + row))
+            kl, dkl = KL(logprob, tl.load(ref_ptr + row), log_ratio)
             loss += tl.where(kl_coef == 0, 0.0, kl_coef * kl)
             dlogp += tl.where(kl_coef == 0, 0.0, kl_coef * dkl)
         loss -= tl.where(entropy_coef == 0, 0.0, entropy_coef * entropy)
@@ -112,12 +116,7 @@ def scale_kernel(dx_ptr, stride_b, stride_t, factor_ptr, T, V: tl.constexpr, WID
 def policy_loss_rows(
     logits: torch.Tensor,
     dlogits: torch.Tensor | None,
-    tokens: torch.Tensor,
-    weights: torch.Tensor,
-    advantages: torch.Tensor,
-    old_logprobs: torch.Tensor | None,
-    ref_logprobs: torch.Tensor | None,
-    rollout_weights: torch.Tensor | None,
+    rows: Rows,
     config: PolicyLossConfig,
     entropy: str = "all",
     softcap: float | None = None,
@@ -131,8 +130,9 @@ def policy_loss_rows(
     """
     x, stride_b, stride_t, T = as_rows(logits)
     vocab = x.shape[-1]
-    tokens, weights, old_logprobs, ref_logprobs, rollout_weights = (
-        None if v is None else v.contiguous() for v in (tokens, weights, old_logprobs, ref_logprobs, rollout_weights)
+    advantages = rows.advantages
+    tokens, weights, _, old_logprobs, ref_logprobs, rollout_weights, *_ = (
+        v if v is None or v is advantages else v.contiguous() for v in rows
     )
     outputs = tuple(torch.empty(tokens.shape, dtype=torch.float32, device=x.device) for _ in range(3))
     if tokens.numel() == 0:
@@ -142,7 +142,6 @@ def policy_loss_rows(
     else:
         dx, dstride_b, dstride_t, _ = as_rows(dlogits)
     stride_a = (0, advantages.stride(0)) if advantages.dim() == 1 else advantages.stride()
-    dual_clip = float("inf") if config.dual_clip is None else config.dual_clip
     scale, inv_temperature, inv_cap = softmax_factors(config.temperature, softcap)
     block, threads = launch_config(vocab, x.dtype, softcap is not None)
     with torch.cuda.device_of(x):
@@ -150,8 +149,8 @@ def policy_loss_rows(
             x, stride_b, stride_t, dx, dstride_b, dstride_t, tokens, weights,
             advantages, *stride_a, old_logprobs, ref_logprobs, rollout_weights, *outputs,
             T, scale, inv_temperature, inv_cap, float(config.kl_coef), float(config.entropy_coef),
-            (float(config.eps_low), float(config.eps_high), float(dual_clip)),
-            OBJECTIVE=objectives.OBJECTIVES[config.objective], KL=objectives.KL_ESTIMATORS[config.kl_estimator],
+            tuple(config.numbers.values()) or (0.0,),
+            OBJECTIVE=objectives.device_function(config.objective), KL=objectives.KL_ESTIMATORS[config.kl_estimator],
             READ_IDLE=entropy == "all", ENTROPY=entropy != "none", CAPPED=softcap is not None,
             V=vocab, WIDTH=load_width(vocab, x.dtype), BLOCK=block, THREADS=threads, num_warps=num_warps(threads),
         )  # fmt: skip

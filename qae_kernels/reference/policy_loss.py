@@ -6,34 +6,21 @@ import torch
 from torch import Tensor
 
 from ..config import PolicyLossConfig
-from .objectives import token_losses
+from ..rows import Rows
+from .token_losses import token_losses
 from .token_stats import token_logprobs
 
 
-def policy_loss(
-    logits: Tensor,
-    tokens: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    *,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    rollout_weights: Tensor | None = None,
-    config: PolicyLossConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
+def policy_loss(logits: Tensor, rows: Rows, *, config: PolicyLossConfig) -> tuple[Tensor, Tensor, Tensor]:
     """loss = sum(weights * token_losses). Returns (loss, logprobs, entropy), all differentiable.
 
-    logits [..., V]; everything else broadcasts to [...]; weights from `aggregation.token_weights`, 0 = masked row.
-    Computes in the dtype of the logits, float32 at least.
+    logits [..., V]; rows: each of [...]. Computes in the dtype of the logits, float32 at least.
     """
-    mask = weights != 0
-    logprobs, entropy = token_logprobs(logits, tokens, temperature=config.temperature, mask=mask)
-
-    def clean(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(mask, x.to(logprobs.dtype), 0)
-
-    losses = token_losses(
-        logprobs, entropy, clean(advantages), clean(old_logprobs), clean(ref_logprobs), clean(rollout_weights), config
+    shape, rows = rows.tokens.shape, rows.flat()
+    logprobs, entropy = token_logprobs(
+        logits.reshape(-1, logits.shape[-1]), rows.tokens, temperature=config.temperature, mask=rows.mask
     )
-    loss = torch.where(mask, weights * losses, 0).sum()
-    return loss, logprobs, entropy
+    rows = Rows(*(x.to(logprobs.dtype) if x is not None and x.is_floating_point() else x for x in rows))
+    losses = token_losses(logprobs, entropy, rows, config)
+    loss = torch.where(rows.mask, rows.weights * losses, 0).sum()
+    return loss, logprobs.view(shape), entropy.view(shape)
