@@ -37,8 +37,9 @@ PRESETS: dict[str, PolicyLossConfig] = {
     "gmpo": PolicyLossConfig(objective="gmpo", eps_low=0.4, eps_high=0.4, aggregation="seq-mean-token-mean"),
     # REINFORCE; with the mean as baseline and no std GPG (arXiv 2504.02546).
     "reinforce": PolicyLossConfig(objective="reinforce", aggregation="token-mean"),
-    # Clip-Cov and KL-Cov, shares for a model of 7B (arXiv 2505.22617).
+    # Clip-Cov: a few tokens of high covariance lose their gradient (arXiv 2505.22617).
     "clip_cov": PolicyLossConfig(objective="clip_cov", eps_low=0.2, eps_high=0.2, hyper={"share": 2e-4}),
+    # KL-Cov: the tokens of highest covariance are pulled to the old policy; share for a model of 7B (arXiv 2505.22617).
     "kl_cov": PolicyLossConfig(objective="kl_cov", hyper={"share": 2e-3, "coef": 1.0}),
     # DAPO on the fifth of the tokens that has the highest entropy (arXiv 2506.01939).
     "top_entropy": PolicyLossConfig(eps_low=0.2, eps_high=0.28, top_entropy=0.2, aggregation="token-mean"),

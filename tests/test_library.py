@@ -38,7 +38,8 @@ def loss_arguments(batch, **changes):
     shape = batch.tokens.shape
     weights = torch.full(shape, 1 / 16, device=batch.tokens.device)
     values = {"logits": batch.logits, "tokens": batch.tokens, "weights": weights, "advantages": batch.advantages,
-              "old": batch.old_logprobs, "ref": None, "rollout": None} | changes  # fmt: skip
+              "old": batch.old_logprobs, "ref": None, "rollout": None, "rollout_logprobs": None, "selected": None,
+              "cu_seqlens": None} | changes  # fmt: skip
     return tuple(values.values())
 
 
@@ -50,6 +51,16 @@ def test_policy_loss_operator(with_gradient, dtype, triton, device):
     batch.logits.requires_grad_(with_gradient)  # and so does the backward, in place, the gradient that was formed
     arguments = (*loss_arguments(batch, ref=batch.ref_logprobs), *SETTINGS, "all", None, with_gradient, triton)
     opcheck(library._policy_loss, arguments, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gspo", "several kl_cov"])
+def test_policy_loss_operator_in_two_passes(name, triton, device):
+    batch = make_batch(57, device=device)
+    batch = replace(batch, advantages=-batch.advantages.abs())
+    batch.logits.requires_grad_()
+    rows = loss_arguments(batch, cu_seqlens=batch.cu_seqlens, rollout_logprobs=batch.old_logprobs)
+    opcheck(library._policy_loss, (*rows, *library._pack(CONFIGS[name]), "all", None, True, triton), rtol=1e-5,
+            atol=1e-5)  # fmt: skip
 
 
 def test_token_logprobs_operators(triton, device):
@@ -91,7 +102,7 @@ def body_and_loss(hidden, weight, batch, config, backend, keywords, inplace=Fals
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("name", ["dapo", "grpo", "everything"])
+@pytest.mark.parametrize("name", ["dapo", "grpo", "everything", "everything of responses", "several kl_cov"])
 def test_policy_loss_compiles(name, layout, inplace, backend, device):
     """One graph, forward and backward, the numbers of eager mode; `inplace` is a permission."""
     batch = make_batch(57, layout, device=device)
