@@ -69,8 +69,9 @@ def test_token_logprobs_operators(triton, device):
 def test_group_advantages_operator(by_ids, triton, device):
     rewards = (torch.arange(12, device=device) % 5 < 2).float()
     ids = torch.arange(12, device=device) // 4 if by_ids else None
-    opcheck(library._group_advantages, (rewards, None, 0 if by_ids else 4, ids, 0.4, None, "quantile", "inverted_cdf",
-                                        "std", 1e-6, 1, triton))  # fmt: skip
+    for baseline, lengths in (("quantile", None), ("opo", rewards + 1)):
+        opcheck(library._group_advantages, (rewards, None, lengths, 0 if by_ids else 4, ids, 0.4, None, baseline,
+                                            "inverted_cdf", "std", 1e-6, 1, triton))  # fmt: skip
 
 
 # ---- torch.compile
