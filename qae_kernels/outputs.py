@@ -76,7 +76,8 @@ class Advantages:
     def pivot(self) -> Tensor:
         """[B] bool: with `baseline="median"`, the response of each group of odd size that is its median: the first one
         whose reward equals it. Its advantage is 0. Take it out of the loss's mask as well and it is not counted in the
-        normaliser either. False for everybody in groups of even size, and with another baseline."""
+        normaliser either. False for everybody in groups of even size, and with another baseline. Made from the
+        per-group values, so with groups given as ids on a GPU it waits for it."""
         pivot = torch.zeros_like(self.active)
         if self._median_of is None or not pivot.numel():
             return pivot

@@ -353,6 +353,10 @@ def test_pivot(backend, device):
     same = torch.tensor([0.5, 0, 1, 0, 0, 1, 1, 0, 1], device=device)
     got = group_advantages(same, 3, baseline="median", backend=backend)
     assert got.pivot.tolist() == [True, False, False, True, False, False, True, False, False]
+    got = group_advantages(same[1:4], 3, baseline="median", correction=3, backend=backend)
+    assert not got.active.any() and got.pivot.tolist() == [True, False, False]  # 0, 1, 0
+    got = group_advantages(same[4:7], 3, baseline="median", correction=3, backend=backend)
+    assert not got.active.any() and got.pivot.tolist() == [False, True, False]  # 0, 1, 1: no std, and no credit
     assert not group_advantages(same[:8], 4, baseline="median", backend=backend).pivot.any()
     assert not group_advantages(same, 3, baseline="mean", backend=backend).pivot.any()
     assert group_advantages(same[:0], 3, baseline="median", backend=backend).pivot.shape == (0,)

@@ -14,6 +14,7 @@ from torch.library import opcheck
 from qae_kernels import (
     PRESETS,
     PolicyLossConfig,
+    group_advantages,
     library,
     policy_loss,
     qae_dapo_loss,
@@ -191,6 +192,16 @@ def test_advantages_compile(baseline, backend, device):
 
     for got, expected in zip(compiled(advantages)(rewards, 0.3), advantages(rewards, 0.3), strict=True):
         assert_bitwise(got, expected, baseline)
+
+
+def test_pivot_compiles(backend, device):
+    rewards = (torch.arange(15, device=device) % 4 < 2).float()
+
+    def pivot(rewards):
+        return group_advantages(rewards, 5, baseline="median", backend=backend).pivot
+
+    assert_bitwise(compiled(pivot)(rewards), pivot(rewards), "pivot")
+    assert pivot(rewards).sum() == 3
 
 
 @pytest.mark.parametrize("used", ["logprobs", "entropy", "both"])

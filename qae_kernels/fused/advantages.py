@@ -137,8 +137,7 @@ def opo(rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, fa
         x = tl.load(rewards_ptr + at, mask=inside, other=0.0).to(tl.float64)
         total += tl.sum(length, 0)
         weighted += tl.sum(length * (x - mean.to(tl.float64)), 0)
-    shift = tl.where(total > 0, weighted / tl.where(total > 0, total, 1.0), 0.0)
-    return (mean.to(tl.float64) + shift).to(tl.float32), 1.0, 1.0
+    return (mean.to(tl.float64) + weighted / tl.where(total > 0, total, 1.0)).to(tl.float32), 1.0, 1.0
 
 
 @triton.jit

@@ -140,8 +140,7 @@ def weighted_mean(rewards: Tensor, lengths: Tensor, members: Groups, mean: Tenso
     lengths, mean = lengths.double(), mean.double()
     total = members.sum(lengths)
     weighted = members.sum(lengths * (rewards - mean[members.index]))
-    shift = torch.where(total > 0, weighted / torch.where(total > 0, total, 1), 0)
-    return (mean + shift).to(rewards.dtype)
+    return (mean + weighted / torch.where(total > 0, total, 1)).to(rewards.dtype)
 
 
 def batch_std(rewards: Tensor, correction: int) -> Tensor:
