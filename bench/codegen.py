@@ -302,6 +302,7 @@ def advantages_cases() -> Iterator[Case]:
             yield f"advantages, {name}, {layout}", partial(
                 group_advantages, torch.zeros(64), groups, baseline="quantile" if name in QUANTILES else name, k=k,
                 interpolation=name, outcomes=None, scale=scale, eps=1e-6, correction=1,
+                lengths=torch.ones(64) if name == "opo" else None,
             )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+Baseline = Literal["quantile", "mean", "leave_one_out", "none", "opo", "passk", "median", "pos_mask", "neg_mask"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -61,10 +63,11 @@ class TrainConfig:
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Kernels of the policy update: "auto" takes Triton on a GPU and PyTorch on a CPU."""
 
-    baseline: Literal["quantile", "mean", "leave_one_out", "none"] = "quantile"
-    """"quantile" is QAE (arXiv 2509.22611), "mean" is GRPO and DAPO."""
+    baseline: Baseline = "quantile"
+    """"quantile" is QAE (arXiv 2509.22611), "mean" is GRPO and DAPO; for the others see `qae_kernels.group_advantages`.
+    Divided by the std of the group, "opo" as well."""
     k: float = 0.4
-    """Quantile level of the baseline, strictly between 0 and 1."""
+    """Quantile level of the baseline, strictly between 0 and 1; read by "quantile", "pos_mask", "neg_mask"."""
 
     steps: int = 150
     """Rollouts."""

@@ -82,8 +82,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             verified = time.perf_counter()
 
             advantages = group_advantages(
-                outcomes, config.group_size, baseline=config.baseline, k=config.k, backend=config.backend
-            )
+                outcomes, config.group_size, baseline=config.baseline, k=config.k, backend=config.backend,
+                lengths=rollout.lengths if config.baseline == "opo" else None,
+            )  # fmt: skip
             if config.old_logprobs == "recompute":
                 rollout = recompute_logprobs(model, rollout, advantages, config)
             set_learning_rate(optimizer, config, step)

@@ -65,8 +65,8 @@ def reads_values(device: torch.device, validate: bool) -> bool:
 
 
 def group_arguments(
-    rewards: Tensor, groups: int | Tensor, k: float | Tensor, outcomes: Tensor | None, eps: float, correction: int,
-    validate: bool,
+    rewards: Tensor, groups: int | Tensor, k: float | Tensor, outcomes: Tensor | None, lengths: Tensor | None,
+    baseline: str, eps: float, correction: int, validate: bool,
 ) -> None:  # fmt: skip
     """Arguments of `group_advantages`."""
     floating("rewards", rewards)
@@ -77,6 +77,7 @@ def group_arguments(
         shape("outcomes", outcomes, rewards.shape)
         same_device("outcomes", outcomes, rewards.device)
     look = reads_values(rewards.device, validate)
+    _lengths(lengths, rewards, baseline, look)
     num_groups = _groups(groups, rewards, look)
     if isinstance(k, Tensor):
         if k.dtype not in (torch.float32, torch.float64):
@@ -100,6 +101,27 @@ def group_arguments(
         finite("rewards", rewards.float())
         if outcomes is not None:
             finite("outcomes", outcomes.float())
+
+
+def _lengths(lengths: Tensor | None, rewards: Tensor, baseline: str, look: bool) -> None:
+    if (lengths is None) == (baseline == "opo"):
+        raise ValueError(
+            "baseline='opo' needs lengths [B], the number of tokens of each response; got None"
+            if lengths is None
+            else f"lengths are read by baseline='opo' only; got lengths with baseline={baseline!r}"
+        )
+    if lengths is None:
+        return
+    is_tensor("lengths", lengths)
+    if not lengths.is_floating_point():
+        integer("lengths", lengths)
+    shape("lengths", lengths, rewards.shape)
+    same_device("lengths", lengths, rewards.device)
+    if look:
+        finite("lengths", lengths.float())
+        if bool((lengths < 0).any()):
+            bad = int((lengths < 0).nonzero()[0])
+            raise ValueError(f"lengths must be >= 0; lengths[{bad}] is {lengths[bad].item()}")
 
 
 def _groups(groups: int | Tensor, rewards: Tensor, look: bool) -> int | None:

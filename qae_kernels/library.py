@@ -407,8 +407,8 @@ def linear_token_logprobs(
 
 @torch.library.custom_op("qae_kernels::group_advantages", mutates_args=())
 def _group_advantages(
-    rewards: Tensor, outcomes: Tensor | None, group_size: int, group_ids: Tensor | None, k: float,
-    k_per_group: Tensor | None, baseline: str, interpolation: str, scale: str, eps: float, correction: int,
+    rewards: Tensor, outcomes: Tensor | None, lengths: Tensor | None, group_size: int, group_ids: Tensor | None,
+    k: float, k_per_group: Tensor | None, baseline: str, interpolation: str, scale: str, eps: float, correction: int,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The fields of `Advantages`. With groups given by ids those per group have length B, zeros beyond the number of
@@ -420,7 +420,7 @@ def _group_advantages(
     groups = group_size if group_ids is None else group_ids
     result = compute(
         rewards, groups, baseline=baseline, k=k if k_per_group is None else k_per_group, outcomes=outcomes,
-        interpolation=interpolation, scale=scale, eps=eps, correction=correction,
+        interpolation=interpolation, scale=scale, eps=eps, correction=correction, lengths=lengths,
     )  # fmt: skip
     per_group = (result._group_ids, result._baseline, result._success_rate, result._std)
     if group_ids is None:
@@ -435,7 +435,7 @@ def _group_advantages(
 
 
 @_group_advantages.register_fake
-def _(rewards, outcomes, group_size, group_ids, *_):
+def _(rewards, outcomes, lengths, group_size, group_ids, *_):
     num_groups = rewards.shape[0] // group_size if group_ids is None else rewards.shape[0]
     per_group = [rewards.new_empty(num_groups) for _ in range(3)]
     integers = {"dtype": torch.long, "device": rewards.device}
@@ -445,11 +445,12 @@ def _(rewards, outcomes, group_size, group_ids, *_):
 
 def group_advantages(
     rewards: Tensor, groups: int | Tensor, *, baseline: str, k: float | Tensor, outcomes: Tensor | None,
-    interpolation: str, scale: str, eps: float, correction: int, triton: bool,
+    interpolation: str, scale: str, eps: float, correction: int, lengths: Tensor | None, triton: bool,
 ) -> Advantages:  # fmt: skip
     by_ids, per_group_k = isinstance(groups, Tensor), isinstance(k, Tensor)
     *values, num_groups = _group_advantages(
-        rewards, outcomes, 0 if by_ids else groups, groups if by_ids else None, 0.5 if per_group_k else k,
+        rewards, outcomes, lengths, 0 if by_ids else groups, groups if by_ids else None, 0.5 if per_group_k else k,
         k if per_group_k else None, baseline, interpolation, scale, eps, correction, triton,
     )  # fmt: skip
-    return Advantages(*values, num_groups if by_ids else rewards.numel() // groups)
+    median_of = (rewards, groups) if baseline == "median" else None
+    return Advantages(*values, num_groups if by_ids else rewards.numel() // groups, median_of)

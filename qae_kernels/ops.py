@@ -22,6 +22,7 @@ from .vocab_parallel import slice_sizes
 
 BACKENDS = ("auto", "triton", "torch")
 SELECTING = ("clip_cov", "kl_cov")  # objectives that act on selected tokens
+BASELINES = ("quantile", "mean", "leave_one_out", "none", "opo", "passk", "median", "pos_mask", "neg_mask")
 
 
 def _use_triton(backend: str, x: Tensor, *others: Tensor) -> bool:
@@ -47,6 +48,7 @@ def group_advantages(
     baseline: str = "quantile",
     k: float | Tensor = 0.4,
     outcomes: Tensor | None = None,
+    lengths: Tensor | None = None,
     interpolation: str = "inverted_cdf",
     scale: str = "std",
     eps: float = 1e-6,
@@ -58,14 +60,27 @@ def group_advantages(
 
     rewards: [B] float, computed with in float32; one per response.
     groups: int G, for contiguous groups of G; or [B] integer ids, in any order, groups of any sizes.
-    baseline: "quantile" (arXiv 2509.22611), the k-quantile of the outcomes; "mean" (GRPO, arXiv 2402.03300);
+    baseline: what is subtracted, of the group's rewards unless it says otherwise:
+        "quantile" (QAE, arXiv 2509.22611), the k-quantile of the outcomes;
+        "mean" (GRPO, arXiv 2402.03300);
         "leave_one_out" (RLOO, arXiv 2402.14740), the mean of the other rewards, `.baseline` holding the group mean;
-        "none", 0.
+        "none", 0;
+        "opo" (arXiv 2505.23585), the mean weighted by `lengths`, meant for `scale="none"`; the plain mean in a group
+        without tokens;
+        "passk" (pass@k as the objective, arXiv 2503.19595), the second largest reward, and advantages below 0 dropped:
+        the best response of a group alone has credit. Nobody has where two share the top, or in a group of one;
+        "median" (MC-GRPO, arXiv 2601.22582), of an even group the mean of the two in the middle. `.pivot` says which
+        response is the median of an odd group; the paper leaves it out of the loss. Its authors divide by the median
+        absolute deviation, which is not offered: with 0/1 rewards it is 0 in every odd group;
+        "pos_mask", "neg_mask" (ablations in arXiv 2509.22611), the mean; the first drops advantages above 0 in easy
+        groups, the second those below 0 in hard ones. Hard: p <= 1 - k, p being the mean outcome; with 0/1 outcomes
+        exactly where the quantile is 0.
     k: quantile level, strictly between 0 and 1, or a float tensor [num_groups], one per group in the order of
-        `.group_ids`. Read by the quantile baseline only.
-    outcomes: [B], the unshaped verdicts (0/1) that quantile and success rate are taken over where the reward carries
-        a penalty as well; default: the rewards. Without it a length penalty can push the quantile below the reward of
-        a plain failure, which then gets a positive advantage.
+        `.group_ids`. Read by "quantile", "pos_mask" and "neg_mask".
+    outcomes: [B], the unshaped verdicts (0/1) that quantile, success rate and p are taken over where the reward
+        carries a penalty as well; default: the rewards. Without it a length penalty can push the quantile below the
+        reward of a plain failure, which then gets a positive advantage.
+    lengths: [B] int or float, tokens of each response; required by "opo", refused with any other baseline.
     interpolation: "inverted_cdf", the paper's inf{x : F(x) >= k}; "linear", `torch.quantile` as in the authors' code,
         which for some group sizes gives a baseline between 0 and 1, and then no response an advantage of 0.
     scale: "std" of the group's rewards, "batch" for the std of the whole batch, "none" (Dr.GRPO, arXiv 2503.20783).
@@ -75,18 +90,23 @@ def group_advantages(
     An advantage is exactly 0 where the reward equals the baseline, and where the std that divides it is 0: in a group
     of equal rewards, whatever their value, and in a group too small to have a std.
 
-    Raises ValueError: wrong shape, dtype or device; k outside (0, 1); G not dividing B; NaN or Inf (named by index).
+    REINFORCE++-baseline (arXiv 2501.03262) takes the group mean, then the mean and std of what is left of the whole
+    batch (`scale="batch"` is the std of the rewards instead): call with `baseline="mean", scale="none"`, and once more
+    with those advantages as rewards, `baseline="mean"` and all B responses as one group.
+
+    Raises ValueError: wrong shape, dtype or device; k outside (0, 1); G not dividing B; NaN or Inf (named by index);
+    lengths below 0, missing or not wanted.
     On a GPU without validate=True a NaN reward is not found, and makes its own advantage NaN.
     """
-    checks.one_of("baseline", baseline, ("quantile", "mean", "leave_one_out", "none"))
+    checks.one_of("baseline", baseline, BASELINES)
     checks.one_of("interpolation", interpolation, ("inverted_cdf", "linear"))
     checks.one_of("scale", scale, ("std", "batch", "none"))
-    checks.group_arguments(rewards, groups, k, outcomes, eps, correction, validate)
+    checks.group_arguments(rewards, groups, k, outcomes, lengths, baseline, eps, correction, validate)
     rewards = rewards.detach().float()
     return library.group_advantages(
         rewards, groups, baseline=baseline, k=k, outcomes=None if outcomes is None else outcomes.detach().float(),
         interpolation=interpolation, scale=scale, eps=float(eps), correction=correction,
-        triton=_use_triton(backend, rewards),
+        lengths=None if lengths is None else lengths.detach().float(), triton=_use_triton(backend, rewards),
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ class Advantages:
     _success_rate: Tensor
     _std: Tensor
     _num_groups: int | Tensor
+    _median_of: tuple[Tensor, int | Tensor] | None = None  # rewards and groups, for the median baseline only
     _computed: dict = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
@@ -72,6 +73,24 @@ class Advantages:
     def zero_fraction(self) -> Tensor:
         """0-dim f32: share of responses whose advantage is exactly 0."""
         return 1 - self.active.float().mean() if self.active.numel() else self.advantages.new_zeros(())
+
+    @lazy
+    def pivot(self) -> Tensor:
+        """[B] bool: with `baseline="median"`, the response of each group of odd size that is its median: the first one
+        whose reward equals it. Its advantage is 0. Take it out of the loss's mask as well and it is not counted in the
+        normaliser either. False for everybody in groups of even size, and with another baseline. Made from the
+        per-group values, so with groups given as ids on a GPU it waits for it."""
+        pivot = torch.zeros_like(self.active)
+        if self._median_of is None or not pivot.numel():
+            return pivot
+        rewards, groups = self._median_of
+        position = torch.arange(len(rewards), device=rewards.device)
+        ids = position // groups if isinstance(groups, int) else groups.long()
+        group = torch.searchsorted(self.group_ids, ids)
+        at_median = torch.where(rewards == self.baseline[group], position, len(rewards))
+        first = torch.full_like(self.group_ids, len(rewards)).scatter_reduce_(0, group, at_median, "amin")
+        odd = torch.zeros_like(first).index_add_(0, group, torch.ones_like(group)) % 2 == 1
+        return (position == first[group]) & odd[group]
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def count_of(kind: str, quantity: str, case: str, wrong: Tensor) -> Result:
 
 
 def advantages_results(device: torch.device, backend: str, sizes: list[int]) -> Iterator[Result]:
-    """Every success count of every group size: baseline against exact fractions, advantages against float64."""
-    from .ops import group_advantages, quantile_advantages
+    """Every success count of every group size: baseline and gate against exact fractions, the rest against float64."""
+    from .ops import BASELINES, group_advantages, quantile_advantages
     from .reference.advantages import group_advantages as reference
 
     kind = f"advantages, group sizes to {max(sizes)}"
@@ -93,6 +93,11 @@ def advantages_results(device: torch.device, backend: str, sizes: list[int]) -> 
             std = groups.std(1, keepdim=True) if size > 1 else torch.zeros_like(groups)
             exact = (groups - easy.double()[:, None]) / (std + 1e-6)
             yield compare(kind, "advantages", case, result.advantages, exact.flatten(), 5e-7)
+            centred = groups - groups.mean(1, keepdim=True)
+            masked = {"pos_mask": easy[:, None] & (centred > 0), "neg_mask": ~easy[:, None] & (centred < 0)}
+            for baseline, zero in masked.items():
+                got = group_advantages(rewards, size, baseline=baseline, k=float(k), backend=backend).active
+                yield count_of(kind, "wrongly masked", f"{baseline} {case}", got != (~zero & (centred != 0)).flatten())
             if k == "0.4":
                 shuffled = torch.randperm(rewards.numel(), generator=torch.Generator().manual_seed(size)).to(device)
                 ids = torch.arange(rewards.numel(), device=device).div(size, rounding_mode="floor")
@@ -100,10 +105,12 @@ def advantages_results(device: torch.device, backend: str, sizes: list[int]) -> 
                 different = ragged.advantages != result.advantages[shuffled]
                 yield count_of(kind, "other bits by ids", case, different)
     rewards = torch.rand(64, generator=torch.Generator().manual_seed(0)).to(device)
-    for baseline in ("quantile", "mean", "leave_one_out", "none"):
+    lengths = torch.arange(64, device=device)
+    for baseline in BASELINES:
         for scale in ("std", "batch", "none"):
-            got = group_advantages(rewards, 16, baseline=baseline, scale=scale, backend=backend).advantages
-            exact = reference(rewards.double(), 16, baseline=baseline, scale=scale).advantages
+            keywords = {"baseline": baseline, "scale": scale, "lengths": lengths if baseline == "opo" else None}
+            got = group_advantages(rewards, 16, backend=backend, **keywords).advantages
+            exact = reference(rewards.double(), 16, **keywords).advantages
             yield compare(kind, "advantages", f"{baseline}, scale {scale}", got, exact, 1e-6)
 
 

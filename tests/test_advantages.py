@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +14,7 @@ from qae_kernels import group_advantages, quantile_advantages
 from qae_kernels.reference.advantages import group_advantages as reference_group_advantages
 
 BASELINES = ("quantile", "mean", "leave_one_out", "none")
+OTHER_BASELINES = ("opo", "passk", "median", "pos_mask", "neg_mask")
 # The level meant, exactly. Several times G these are integers only if rounding does not spoil it (0.7 * 10).
 LEVELS = list(
     map(Fraction, ["0.1", "0.2", "0.3", "0.4", "0.6", "0.7", "0.8", "0.9", "1/3", "2/3", "0.05", "0.95", "0.41", "5/7"])
@@ -39,7 +41,14 @@ def ragged(groups: list[list[float]], device: str, seed: int = 0) -> tuple[torch
     return rewards[order], ids[order]
 
 
-def by_hand(rewards, groups, *, baseline="quantile", k=0.4, outcomes=None, scale="std", eps=1e-6, correction=1):
+def lengths_for(baseline: str, size: int, device="cpu") -> dict[str, torch.Tensor]:
+    """The keyword that one baseline wants: lengths of 0 to 6 tokens."""
+    return {"lengths": torch.arange(size, device=device) * 3 % 7} if baseline == "opo" else {}
+
+
+def by_hand(
+    rewards, groups, *, baseline="quantile", k=0.4, outcomes=None, lengths=None, scale="std", eps=1e-6, correction=1
+):
     """A loop over groups in float64: (advantages, baseline, success_rate, std), and the sorted ids."""
     rewards = rewards.double().tolist()
     outcomes = rewards if outcomes is None else outcomes.double().tolist()
@@ -61,8 +70,18 @@ def by_hand(rewards, groups, *, baseline="quantile", k=0.4, outcomes=None, scale
         if baseline == "quantile":
             verdicts = [outcomes[i] for i in members]
             center = float(np.quantile(verdicts, level, method="inverted_cdf"))
+        elif baseline == "opo":
+            tokens = [float(lengths[i]) for i in members]
+            weighted = math.fsum(n * x for n, x in zip(tokens, values, strict=True))
+            center = weighted / math.fsum(tokens) if any(tokens) else mean
+        elif baseline == "passk":
+            center = sorted(values)[-2] if len(values) > 1 else values[0]
+        elif baseline == "median":
+            center = statistics.median(values)
         else:
             center = 0.0 if baseline == "none" else mean
+        successes = sum(Fraction(outcomes[i]) for i in members)
+        hard = len(members) - successes >= Fraction(str(round(level, 6))) * len(members)
         centers.append(center)
         rates.append(math.fsum(outcomes[i] for i in members) / len(members))
         stds.append(spread(values))
@@ -72,6 +91,12 @@ def by_hand(rewards, groups, *, baseline="quantile", k=0.4, outcomes=None, scale
                 deviation = rewards[i] - math.fsum(others) / len(others) if others else 0.0
             else:
                 deviation = rewards[i] - center
+            if (
+                (baseline == "passk" and values.count(rewards[i]) + sum(x > rewards[i] for x in values) > 1)
+                or (baseline == "pos_mask" and deviation > 0 and not hard)
+                or (baseline == "neg_mask" and deviation < 0 and hard)
+            ):
+                deviation = 0.0
             if scale != "none":
                 divisor = stds[-1] if scale == "std" else spread(rewards)
                 deviation = deviation / (divisor + eps) if divisor else 0.0
@@ -245,6 +270,111 @@ def test_unshaped_outcomes(backend, device):
 # ---- baselines, scales, groups
 
 
+@pytest.mark.parametrize("scale", ["std", "batch", "none"])
+@pytest.mark.parametrize("baseline", OTHER_BASELINES)
+def test_other_baselines_against_a_loop(baseline, scale, backend, device):
+    """Groups of one, two, three, of equal rewards, with ties at the top and in the middle; ids in any order."""
+    draw = torch.Generator().manual_seed(0)
+    groups = [[0.3], [-2.0, 5.0], [0.7] * 3, [1.0, 0.0, 0.0, 1.0], [0.5, 0.5, 0.25, -1.0, 0.5], [1.0] * 5 + [0.0]]
+    groups += [torch.randn(size, generator=draw).tolist() for size in (3, 7, 8)]
+    rewards, ids = ragged(groups, device)
+    outcomes = (rewards > torch.randn(len(rewards), generator=draw).to(device)).float()
+    levels = torch.linspace(0.1, 0.9, len(groups), device=device)
+    keywords = {"baseline": baseline, "scale": scale, **lengths_for(baseline, len(rewards), device)}
+    got = assert_by_hand(rewards, 5 * ids - 7, backend, **keywords)
+    assert not got.active[ids == 2].any() and not (got.advantages.signbit() & ~got.active).any()
+    assert_by_hand(rewards, ids, backend, outcomes=outcomes, k=levels, correction=0, **keywords)
+    keywords |= lengths_for(baseline, 30, device)
+    assert_by_hand(rewards[:30], 10, backend, outcomes=outcomes[:30], k=0.7, eps=0.1, **keywords)
+
+
+def test_credit_of_the_best_alone(backend, device):
+    rewards = torch.tensor([0, 1, 0.25, 0, 1, 1, 0, 0.5, 0, 0, 0, 0], device=device)
+    best = torch.tensor([0, 0.75] + [0.0] * 10, device=device)
+    got = group_advantages(rewards, 4, baseline="passk", scale="none", backend=backend)
+    assert_bitwise(got.advantages, best, "advantages")
+    assert got.baseline.tolist() == [0.25, 1, 0]
+    alone = group_advantages(rewards, 1, baseline="passk", scale="none", backend=backend)
+    assert not alone.active.any() and alone.baseline.tolist() == rewards.tolist()
+
+
+@pytest.mark.parametrize("k", ["0.2", "0.4", "0.8", "2/3"])
+def test_masked_credit_of_every_binary_group(k, backend, device):
+    """Who has credit, in exact arithmetic; the gate is the one of the quantile, for a level per group as well."""
+    table = [(size, n) for size in (1, 5, 6, 10) for n in range(size + 1)]
+    rewards, ids = ragged([binary_group(*entry) for entry in table], device)
+    fractions = [Fraction(n, size) for size, n in table]
+    hard = torch.tensor([p <= 1 - Fraction(k) for p in fractions], device=device)[ids]
+    success, mix = rewards == 1, mixed(table, device)[ids]
+    expected = {"pos_mask": mix & (hard | ~success), "neg_mask": mix & (~hard | success)}
+    mean = group_advantages(rewards, ids, baseline="mean", backend=backend).advantages
+    each = torch.full((len(table),), float(Fraction(k)), device=device)
+    for level, (baseline, kept) in itertools.product((float(Fraction(k)), each), expected.items()):
+        got = group_advantages(rewards, ids, baseline=baseline, k=level, backend=backend)
+        assert_bitwise(got.advantages, torch.where(kept, mean, 0), baseline)
+
+
+def test_masks_go_by_the_outcome(backend, device):
+    """Two successes of five are p = 0.4; the mean of the shaped rewards would call the group easy, or hard."""
+    outcomes = torch.tensor([1.0, 0, 1, 0, 0], device=device)
+    for shift in (-3.0, 3.0):
+        rewards = outcomes + shift
+        for k, kept in ((0.6, {"pos_mask": 5, "neg_mask": 2}), (0.61, {"pos_mask": 3, "neg_mask": 5})):
+            for baseline, number in kept.items():
+                got = group_advantages(rewards, 5, baseline=baseline, k=k, outcomes=outcomes, backend=backend)
+                assert got.active.sum() == number, (baseline, k, shift)
+    graded = torch.tensor([0.5, 0.25, 0.75, 0.5], device=device)  # outcomes that are not 0/1: their mean, 0.5
+    for k, number in ((0.5, 2), (0.51, 1)):
+        assert group_advantages(graded, 4, baseline="pos_mask", k=k, backend=backend).active.sum() == number
+
+
+def test_lengths(backend, device):
+    """Integers and floats alike; a response without tokens does not count; a group without any has the plain mean."""
+    rewards = torch.tensor([0.0, 1.0, 5.0, 1.0, 0.0, 0.5], device=device)
+    for dtype in (torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.float64):
+        lengths = torch.tensor([30, 10, 0, 0, 0, 0], device=device).to(dtype)
+        got = group_advantages(rewards, 3, baseline="opo", lengths=lengths, scale="none", backend=backend)
+        assert got.baseline.tolist() == [0.25, 0.5]
+        assert got.advantages.tolist() == [-0.25, 0.75, 4.75, 0.5, -0.5, 0.0]
+
+
+def test_pivot(backend, device):
+    """Of an odd group the first response at the median; nobody of an even one; exactly 0 among its own advantages."""
+    draw = torch.Generator().manual_seed(1)
+    groups = [[0.5], [1.0, 1.0], [0.0, 1.0, 1.0], [0.7] * 5, torch.randn(9, generator=draw).tolist(), [1.0, 0.0] * 2]
+    rewards, ids = ragged(groups, device)
+    got = group_advantages(rewards, 3 * ids - 4, baseline="median", correction=3, backend=backend)
+    for group, values in enumerate(groups):
+        at = (ids == group).nonzero()[:, 0].tolist()
+        first = [i for i in at if rewards[i].item() == torch.tensor(statistics.median(values)).item()][:1]
+        expected = first if len(values) % 2 else []
+        assert [i for i in at if got.pivot[i]] == expected, values
+    assert got.pivot.dtype == torch.bool and not (got.pivot & got.active).any()
+    same = torch.tensor([0.5, 0, 1, 0, 0, 1, 1, 0, 1], device=device)
+    got = group_advantages(same, 3, baseline="median", backend=backend)
+    assert got.pivot.tolist() == [True, False, False, True, False, False, True, False, False]
+    got = group_advantages(same[1:4], 3, baseline="median", correction=3, backend=backend)
+    assert not got.active.any() and got.pivot.tolist() == [True, False, False]  # 0, 1, 0
+    got = group_advantages(same[4:7], 3, baseline="median", correction=3, backend=backend)
+    assert not got.active.any() and got.pivot.tolist() == [False, True, False]  # 0, 1, 1: no std, and no credit
+    assert not group_advantages(same[:8], 4, baseline="median", backend=backend).pivot.any()
+    assert not group_advantages(same, 3, baseline="mean", backend=backend).pivot.any()
+    assert group_advantages(same[:0], 3, baseline="median", backend=backend).pivot.shape == (0,)
+
+
+def test_reinforce_plus_plus_baseline(backend, device):
+    """In two calls: group mean, then mean and std of the batch (arXiv 2501.03262)."""
+    rewards = torch.randn(24, generator=torch.Generator().manual_seed(0)).to(device)
+    left = group_advantages(rewards, 8, baseline="mean", scale="none", backend=backend).advantages
+    got = group_advantages(left, 24, baseline="mean", backend=backend).advantages
+    exact = rewards.double().view(3, 8)
+    exact = (exact - exact.mean(1, keepdim=True)).flatten()
+    exact = (exact - exact.mean()) / (exact.std() + 1e-6)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6)
+    other = group_advantages(rewards, 8, baseline="mean", scale="batch", backend=backend).advantages
+    assert (other.double() - exact).abs().max() > 0.01, "the std of the rewards is another one"
+
+
 @pytest.mark.parametrize("correction", [0, 1])
 @pytest.mark.parametrize("scale", ["std", "batch", "none"])
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -276,15 +406,21 @@ def test_large_groups(size, backend, device):
         assert_by_hand(rewards, torch.arange(2 * size, device=device) % 2, backend)
 
 
-@pytest.mark.parametrize("baseline", ["quantile", "mean", "leave_one_out"])
-@pytest.mark.parametrize("scale", ["std", "batch", "none"])
-def test_equal_rewards_have_no_advantage(scale, baseline, backend, device):
+@pytest.mark.parametrize(
+    ("baseline", "scale"),
+    [
+        *itertools.product(("quantile", "mean", "leave_one_out"), ("std", "batch", "none")),
+        *((baseline, "none") for baseline in OTHER_BASELINES),
+    ],
+)
+def test_equal_rewards_have_no_advantage(baseline, scale, backend, device):
     """Exactly 0, whatever the value; a mean formed in floating point is not the value it is the mean of."""
     values = [0.7, 0.1, 1e6 + 0.1, -3.3e-5, 1e30, 3e38, 1e-42, -0.0, 1 / 3]
     rewards = torch.tensor(values, device=device).repeat_interleave(7)
     rewards[49:56:2] = 0.0  # equal to the -0.0 beside it
     for groups in (7, torch.arange(63, device=device) // 7):
-        got = group_advantages(rewards, groups, baseline=baseline, scale=scale, backend=backend)
+        keywords = {"baseline": baseline, "scale": scale, **lengths_for(baseline, 63, device)}
+        got = group_advantages(rewards, groups, backend=backend, **keywords)
         assert (got.advantages == 0).all() and not got.active.any() and got.zero_fraction == 1
         assert (got.std == 0).all()
 
@@ -361,12 +497,12 @@ def test_rewards_stay_constants(backend, device):
 
 
 @pytest.mark.parametrize("scale", ["std", "batch", "none"])
-@pytest.mark.parametrize("baseline", [*BASELINES, "linear quantile"])
+@pytest.mark.parametrize("baseline", [*BASELINES, "linear quantile", *OTHER_BASELINES])
 def test_backends_agree_bitwise(baseline, scale, device):
     draw = torch.Generator().manual_seed(0)
     rewards = torch.randn(48, generator=draw)
     rewards[:24] = rewards[:24].round()
-    keywords = {"baseline": baseline, "scale": scale, "k": 0.3}
+    keywords = {"baseline": baseline, "scale": scale, "k": 0.3, **lengths_for(baseline, 48, device)}
     if baseline == "linear quantile":  # of other rewards to the last bit only, see above
         rewards = (rewards > 0).float()
         keywords |= {"baseline": "quantile", "interpolation": "linear"}
@@ -380,7 +516,8 @@ def test_backends_agree_bitwise(baseline, scale, device):
 def test_reference_in_float64():
     """The truth of the other tests, held against the loop to the last digits."""
     rewards = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for baseline, scale in itertools.product(BASELINES, ["std", "batch", "none"]):
-        got = reference_group_advantages(rewards, 8, baseline=baseline, scale=scale, k=0.3)
-        exact = by_hand(rewards, 8, baseline=baseline, scale=scale, k=0.3)[0]
+    for baseline, scale in itertools.product((*BASELINES, *OTHER_BASELINES), ["std", "batch", "none"]):
+        keywords = {"baseline": baseline, "scale": scale, "k": 0.3, **lengths_for(baseline, 40)}
+        got = reference_group_advantages(rewards, 8, **keywords)
+        exact = by_hand(rewards, 8, **keywords)[0]
         torch.testing.assert_close(got.advantages, exact[0], rtol=1e-12, atol=1e-14)

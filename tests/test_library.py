@@ -14,6 +14,7 @@ from torch.library import opcheck
 from qae_kernels import (
     PRESETS,
     PolicyLossConfig,
+    group_advantages,
     library,
     policy_loss,
     qae_dapo_loss,
@@ -80,8 +81,9 @@ def test_token_logprobs_operators(triton, device):
 def test_group_advantages_operator(by_ids, triton, device):
     rewards = (torch.arange(12, device=device) % 5 < 2).float()
     ids = torch.arange(12, device=device) // 4 if by_ids else None
-    opcheck(library._group_advantages, (rewards, None, 0 if by_ids else 4, ids, 0.4, None, "quantile", "inverted_cdf",
-                                        "std", 1e-6, 1, triton))  # fmt: skip
+    for baseline, lengths in (("quantile", None), ("opo", rewards + 1)):
+        opcheck(library._group_advantages, (rewards, None, lengths, 0 if by_ids else 4, ids, 0.4, None, baseline,
+                                            "inverted_cdf", "std", 1e-6, 1, triton))  # fmt: skip
 
 
 # ---- torch.compile
@@ -201,6 +203,16 @@ def test_advantages_compile(baseline, backend, device):
 
     for got, expected in zip(compiled(advantages)(rewards, 0.3), advantages(rewards, 0.3), strict=True):
         assert_bitwise(got, expected, baseline)
+
+
+def test_pivot_compiles(backend, device):
+    rewards = (torch.arange(15, device=device) % 4 < 2).float()
+
+    def pivot(rewards):
+        return group_advantages(rewards, 5, baseline="median", backend=backend).pivot
+
+    assert_bitwise(compiled(pivot)(rewards), pivot(rewards), "pivot")
+    assert pivot(rewards).sum() == 3
 
 
 @pytest.mark.parametrize("used", ["logprobs", "entropy", "both"])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 from itertools import islice
+from typing import get_args
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ from padded import padded_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from integration import checkpoint, report, train
-from integration.config import ModelConfig, TaskConfig, TrainConfig, WarmStartConfig
+from integration.config import Baseline, ModelConfig, TaskConfig, TrainConfig, WarmStartConfig
 from integration.data import Task, make_tokenizer, worked_answer
 from integration.progress import Progress
 from integration.rewards import outcome, verify
 from integration.rollout import sample
 from integration.update import recompute_logprobs, update_policy
 from integration.warm_start import warm_start
-from qae_kernels import PolicyLossConfig, group_advantages
+from qae_kernels import PolicyLossConfig, group_advantages, ops
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
 from qae_kernels.rows import Rows
 
@@ -338,6 +339,27 @@ def test_triton_and_pytorch_paths_give_the_same_metrics(start, tmp_path):
             if not key.startswith("seconds"):
                 same = a[key] == b[key] if a[key] is None else a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
                 assert same, (key, a[key], b[key])
+
+
+@pytest.mark.parametrize("baseline", ["opo", "passk", "median", "pos_mask", "neg_mask"])
+def test_other_baselines_run(start, tmp_path, monkeypatch, baseline):
+    """With what they need: the lengths of the rollout, for the one that reads them."""
+    seen = []
+
+    def recorded(outcomes, groups, **keywords):
+        seen.append(keywords)
+        return group_advantages(outcomes, groups, **keywords)
+
+    monkeypatch.setattr(train, "group_advantages", recorded)
+    record = report.read(run(start, tmp_path, name=baseline, baseline=baseline, steps=1, eval_samples=1))[0]
+    assert seen[0]["baseline"] == baseline and (record["updates"] > 0) == (record["zero_fraction"] < 1)
+    lengths = seen[0]["lengths"]
+    assert (lengths is not None) == (baseline == "opo")
+    assert lengths is None or lengths.float().mean().item() == pytest.approx(record["response_length"])
+
+
+def test_every_baseline_can_be_chosen():
+    assert get_args(Baseline) == ops.BASELINES
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):

@@ -323,7 +323,7 @@ def some_groups(random: Random) -> tuple[list[list[float]], Fraction, dict]:
     sizes = random.choice((sizes, sizes[:1] * len(sizes)))
     n = random.choice((2, 3, 5, 6, 7, 10))
     options = {
-        "baseline": random.choice(("quantile", "quantile", "mean", "leave_one_out", "none")),
+        "baseline": random.choice(("quantile", "quantile", "mean", "leave_one_out", "none", "passk", "median")),
         "interpolation": random.choice(("inverted_cdf", "inverted_cdf", "linear")),
         "scale": random.choice(("std", "std", "batch", "none")),
         "correction": random.randrange(3),

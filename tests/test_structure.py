@@ -107,7 +107,7 @@ def test_triton_is_imported_only_when_it_runs(code):
 
 
 SIGNATURES = {
-    "group_advantages": "rewards groups baseline k outcomes interpolation scale eps correction backend",
+    "group_advantages": "rewards groups baseline k outcomes lengths interpolation scale eps correction backend",
     "quantile_advantages": "rewards groups k outcomes interpolation scale eps correction backend",
     "policy_loss": "logits tokens advantages old_logprobs mask cu_seqlens ref_logprobs rollout_weights normalizer "
     "config entropy process_group inplace backend",
@@ -130,7 +130,8 @@ POSITIONAL = {
     "token_logprobs": "logits tokens",
 }
 DEFAULTS = {
-    "group_advantages": {"k": 0.4, "outcomes": None, "scale": "std", "eps": 1e-6, "baseline": "quantile"},
+    "group_advantages": {"k": 0.4, "outcomes": None, "lengths": None, "scale": "std", "eps": 1e-6,
+                         "baseline": "quantile"},
     "quantile_advantages": {"k": 0.4, "interpolation": "inverted_cdf", "scale": "std", "eps": 1e-6, "correction": 1},
     "policy_loss": {"old_logprobs": None, "config": qae_kernels.PRESETS["dapo"], "inplace": False, "backend": "auto"},
     "linear_policy_loss": {"bias": None, "logit_scale": 1.0, "logit_softcap": None, "process_group": None},

@@ -13,6 +13,7 @@ import qae_kernels.reference.advantages
 from qae_kernels.validate import CONFIGS, LAYOUTS, compare, main
 
 compute_statistics = qae_kernels.chunked.policy_loss.row_statistics
+is_hard = qae_kernels.reference.advantages.hard
 compute_losses = qae_kernels.factors.token_losses
 
 
@@ -40,8 +41,8 @@ def test_kernels_pass(tmp_path, capsys):
     assert {(r["kind"], r["quantity"]) for r in results} == {
         tuple(re.split(r"  +", line)[:2]) for line in printed[1:-1]
     }
-    assert {r["quantity"] for r in results} >= {"baselines wrong", "other bits by ids", "gradient", "entropy",
-                                                "zero-credit gradient not 0", "other bits on repeat",
+    assert {r["quantity"] for r in results} >= {"baselines wrong", "wrongly masked", "other bits by ids", "gradient",
+                                                "entropy", "zero-credit gradient not 0", "other bits on repeat",
                                                 "other bits alone"}  # fmt: skip
     assert f"{len(results)} of {len(results)} cases within limits" in printed[-1]
     cases = {r["case"] for r in results}
@@ -56,6 +57,7 @@ def test_pytorch_path_passes():
     ("module", "name", "wrong", "case"),
     [
         (qae_kernels.reference.advantages, "k_in_nano", lambda k: round(k * 10**9) + 1, "baselines wrong"),
+        (qae_kernels.reference.advantages, "hard", lambda *args: ~is_hard(*args), "wrongly masked"),
         (qae_kernels.chunked.policy_loss, "write_row_gradient", lambda *args: None, "gradient"),
         (qae_kernels.chunked.token_stats, "write_row_gradient", lambda *args: None, "token_logprobs"),
         (qae_kernels.chunked.policy_loss, "new_gradient", lambda x: torch.full_like(x, 1e-30), "zero-credit"),

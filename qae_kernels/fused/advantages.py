@@ -1,10 +1,11 @@
-"""Group-relative advantages in one launch: success rate, quantile baseline, std, standardised advantages.
+"""Group-relative advantages in one launch: success rate, baseline, std, standardised advantages.
 
 One program per group. The quantile inf{x : F(x) >= K} (arXiv 2509.22611, section 3) is the order statistic of rank
 ceil(K G), found by radix selection on the bits of the float: 32 counts of "how many lie below this prefix", no sort,
 no limit on the group's size, any values. Sums are formed in float64 (a few thousand numbers in all), in two passes.
 
-rewards, outcomes [B] f32. Contiguous groups of `group_size`, or any order through `order` (see `ragged_layout`).
+rewards, outcomes, lengths [B] f32. Contiguous groups of `group_size`, or any order through `order` (see
+`ragged_layout`).
 """
 
 import torch
@@ -73,47 +74,122 @@ def _next_larger(values_ptr, order_ptr, first, size, lower, rank, BLOCK: tl.cons
     return tl.where((not_above > rank) | (larger == float("inf")), lower, larger)
 
 
+# ---- baselines: (centre, gain above it, gain below it); advantage = (reward - centre) * gain
+
+
 @triton.jit
-def inverted_cdf(values_ptr, order_ptr, first, size, mean, k_nano, k, BLOCK: tl.constexpr):
-    """(quantile, 1): rank ceil(K G) in integer arithmetic."""
+def inverted_cdf(
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr
+):
+    """The quantile: rank ceil(K G) in integer arithmetic."""
     rank = tl.maximum((k_nano * size + NANO - 1) // NANO, 1)
-    return _order_statistic(values_ptr, order_ptr, first, size, rank, BLOCK), 1.0
+    return _order_statistic(outcomes_ptr, order_ptr, first, size, rank, BLOCK), 1.0, 1.0
 
 
 @triton.jit
-def linear(values_ptr, order_ptr, first, size, mean, k_nano, k, BLOCK: tl.constexpr):
-    """(quantile, 1) as `torch.quantile` interpolates it, which is what the authors' code calls."""
+def linear(
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr
+):
+    """The quantile as `torch.quantile` interpolates it, which is what the authors' code calls."""
     position = (k * (size - 1).to(tl.float32)).to(tl.float32)
     below = tl.floor(position)
     rank = below.to(tl.int64) + 1
-    lower = _order_statistic(values_ptr, order_ptr, first, size, rank, BLOCK)
-    upper = _next_larger(values_ptr, order_ptr, first, size, lower, rank, BLOCK)
+    lower = _order_statistic(outcomes_ptr, order_ptr, first, size, rank, BLOCK)
+    upper = _next_larger(outcomes_ptr, order_ptr, first, size, lower, rank, BLOCK)
     upper = tl.where(position > below, upper, lower)
     t = position - below
-    return tl.where(t < 0.5, lower + t * (upper - lower), upper - (upper - lower) * (1 - t)), 1.0
+    quantile = tl.where(t < 0.5, lower + t * (upper - lower), upper - (upper - lower) * (1 - t))
+    return quantile, 1.0, 1.0
 
 
 @triton.jit
-def mean(values_ptr, order_ptr, first, size, mean, k_nano, k, BLOCK: tl.constexpr):
-    return mean, 1.0
+def mean(
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr
+):
+    return mean, 1.0, 1.0
 
 
 @triton.jit
-def leave_one_out(values_ptr, order_ptr, first, size, mean, k_nano, k, BLOCK: tl.constexpr):
-    """(mean, G / (G - 1)): r - mean of the others = (r - mean) G / (G - 1); 0 for a group of one."""
+def leave_one_out(
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr
+):
+    """r - mean of the others = (r - mean) G / (G - 1); 0 for a group of one."""
     others = size.to(tl.float32) - 1
-    return mean, tl.where(others > 0, tl.div_rn(others + 1, tl.maximum(others, 1)), 0.0)
+    gain = tl.where(others > 0, tl.div_rn(others + 1, tl.maximum(others, 1)), 0.0)
+    return mean, gain, gain
 
 
 @triton.jit
-def none(values_ptr, order_ptr, first, size, mean, k_nano, k, BLOCK: tl.constexpr):
-    return mean * 0, 1.0
+def none(
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr
+):
+    return mean * 0, 1.0, 1.0
+
+
+@triton.jit
+def opo(rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr):
+    """Mean weighted by length, as deviation from the plain mean: exact for equal rewards, and there without tokens."""
+    total = tl.full([], 0, tl.float64)
+    weighted = tl.full([], 0, tl.float64)
+    for start in range(0, size, BLOCK):
+        at, inside = _members(order_ptr, first, start, size, BLOCK)
+        length = tl.load(lengths_ptr + at, mask=inside, other=0.0).to(tl.float64)
+        x = tl.load(rewards_ptr + at, mask=inside, other=0.0).to(tl.float64)
+        total += tl.sum(length, 0)
+        weighted += tl.sum(length * (x - mean.to(tl.float64)), 0)
+    return (mean.to(tl.float64) + weighted / tl.where(total > 0, total, 1.0)).to(tl.float32), 1.0, 1.0
+
+
+@triton.jit
+def passk(
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr
+):
+    """The second largest reward; nobody below it has credit."""
+    second = _order_statistic(rewards_ptr, order_ptr, first, size, tl.maximum(size - 1, 1), BLOCK)
+    return second, 1.0, 0.0
+
+
+@triton.jit
+def median(
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr
+):
+    """Mean of the rewards of rank ceil(G / 2) and floor(G / 2) + 1: of one reward if G is odd."""
+    rank = (size + 1) // 2
+    lower = _order_statistic(rewards_ptr, order_ptr, first, size, rank, BLOCK)
+    upper = _next_larger(rewards_ptr, order_ptr, first, size, lower, rank, BLOCK)
+    upper = tl.where(size % 2 == 0, upper, lower)
+    return ((lower.to(tl.float64) + upper.to(tl.float64)) / 2).to(tl.float32), 1.0, 1.0
+
+
+@triton.jit
+def _hard(size, failures, k_nano):
+    """1.0 if the success rate is at most 1 - K, as failures >= K G; else 0.0. Exact where failures are counted."""
+    return (failures * NANO >= tl.maximum(k_nano, 1).to(tl.float64) * size.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
+def pos_mask(
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr
+):
+    """The mean, without what lies above it in easy groups."""
+    return mean, _hard(size, failures, k_nano), 1.0
+
+
+@triton.jit
+def neg_mask(
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, mean, failures, k_nano, k, BLOCK: tl.constexpr
+):
+    """The mean, without what lies below it in hard groups."""
+    return mean, 1.0, 1.0 - _hard(size, failures, k_nano)
+
+
+# ---- the kernel
 
 
 @triton.jit(do_not_specialize=["group_size", "k_nano", "correction"])
 def group_advantages_kernel(
-    rewards_ptr, outcomes_ptr, order_ptr, sorted_ids_ptr, ends_ptr, group_index_ptr, k_ptr, batch_std_ptr,
-    advantages_ptr, active_ptr, group_ids_ptr, baseline_ptr, success_rate_ptr, std_ptr,
+    rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, sorted_ids_ptr, ends_ptr, group_index_ptr, k_ptr,
+    batch_std_ptr, advantages_ptr, active_ptr, group_ids_ptr, baseline_ptr, success_rate_ptr, std_ptr,
     group_size, k_nano, k, eps, correction,
     BASELINE: tl.constexpr, STANDARDISE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -163,8 +239,10 @@ def group_advantages_kernel(
         else:
             group_k = k
             group_k_nano = k_nano
-        baseline, gain = BASELINE(outcomes_ptr, order_ptr, first, size, (origin + mean_offset).to(tl.float32),
-                                  group_k_nano, group_k, BLOCK)  # fmt: skip
+        baseline, above, below = BASELINE(
+            rewards_ptr, outcomes_ptr, lengths_ptr, order_ptr, first, size, (origin + mean_offset).to(tl.float32),
+            count - successes, group_k_nano, group_k, BLOCK,
+        )  # fmt: skip
         tl.store(group_ids_ptr + group, group_id)
         tl.store(baseline_ptr + group, baseline)
         tl.store(success_rate_ptr + group, (successes / count).to(tl.float32))
@@ -176,7 +254,7 @@ def group_advantages_kernel(
         for start in range(0, size, BLOCK):
             at, inside = _members(order_ptr, first, start, size, BLOCK)
             x = tl.load(rewards_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            advantage = (x - baseline) * gain
+            advantage = (x - baseline) * tl.where(x > baseline, above, below) + 0.0  # -1 times 0 is -0
             if STANDARDISE:
                 spread = tl.broadcast_to(divisor, advantage.shape)
                 advantage = tl.where((advantage == 0) | (spread == 0), 0.0, tl.div_rn(advantage, spread + eps))
@@ -190,7 +268,10 @@ def group_advantages_kernel(
         tl.store(std_ptr + place, 0.0)
 
 
-BASELINES = {"mean": mean, "leave_one_out": leave_one_out, "none": none}
+BASELINES = {
+    "mean": mean, "leave_one_out": leave_one_out, "none": none, "opo": opo, "passk": passk, "median": median,
+    "pos_mask": pos_mask, "neg_mask": neg_mask,
+}  # fmt: skip
 QUANTILES = {"inverted_cdf": inverted_cdf, "linear": linear}
 
 
@@ -214,10 +295,12 @@ def group_advantages(
     scale: str,
     eps: float,
     correction: int,
+    lengths: torch.Tensor | None = None,
 ) -> Advantages:
     """Launches the kernel once; arguments as in `qae_kernels.group_advantages`, checked there."""
     rewards = rewards.contiguous()
     outcomes = rewards if outcomes is None else outcomes.contiguous()
+    lengths = None if lengths is None else lengths.contiguous()
     batch, device = rewards.numel(), rewards.device
     if isinstance(groups, int):
         layout, num_groups, programs, most_groups = (None,) * 4, batch // groups, batch // groups, batch // groups
@@ -237,10 +320,11 @@ def group_advantages(
     if programs:
         with torch.cuda.device_of(rewards):
             group_advantages_kernel[(programs,)](
-                rewards, outcomes, *layout, k_tensor, batch_std,
+                rewards, outcomes, lengths, *layout, k_tensor, batch_std,
                 advantages, active, group_ids, center, success_rate, std,
                 groups if isinstance(groups, int) else 0, k_in_nano(k_number), float(k_number), float(eps), correction,
                 BASELINE=QUANTILES[interpolation] if baseline == "quantile" else BASELINES[baseline],
                 STANDARDISE=scale != "none", BLOCK=block, num_warps=max(1, block // 256),
             )  # fmt: skip
-    return Advantages(advantages, active, group_ids, center, success_rate, std, num_groups)
+    median_of = (rewards, groups) if baseline == "median" else None
+    return Advantages(advantages, active, group_ids, center, success_rate, std, num_groups, median_of)

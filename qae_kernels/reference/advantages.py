@@ -53,6 +53,7 @@ def group_advantages(
     scale: str = "std",
     eps: float = 1e-6,
     correction: int = 1,
+    lengths: Tensor | None = None,
 ) -> Advantages:
     """advantage = (reward - baseline of its group) / (std + eps); arguments as in `qae_kernels.group_advantages`.
 
@@ -64,7 +65,8 @@ def group_advantages(
     members = Groups.of(groups, rewards.numel(), rewards.device)
 
     # Deviations from the smallest reward, so that equal rewards have a spread of exactly 0 whatever their value.
-    smallest = members.sort(rewards)[members.starts].double()
+    ordered = members.sort(rewards)
+    smallest = ordered[members.starts].double()
     offsets = rewards.double() - smallest[members.index]
     mean_offset = members.sum(offsets) / members.sizes
     squares = members.sum((offsets - mean_offset[members.index]) ** 2)
@@ -73,26 +75,41 @@ def group_advantages(
     success_rate = (members.sum(outcomes.double()) / members.sizes).to(dtype)
 
     mean = (smallest + mean_offset).to(dtype)
-    gain = torch.ones_like(mean)
+    center, above, below = mean, torch.ones_like(mean), torch.ones_like(mean)
     if baseline == "quantile":
         center = quantile(members.sort(outcomes), members, k, interpolation)
-    elif baseline == "mean":
-        center = mean
     elif baseline == "leave_one_out":  # r - mean of the others = (r - mean) G / (G - 1)
-        center = mean
         sizes = members.sizes.to(dtype)
-        gain = torch.where(sizes > 1, sizes / (sizes - 1).clamp(min=1), 0)
-    else:
+        above = below = torch.where(sizes > 1, sizes / (sizes - 1).clamp(min=1), 0)
+    elif baseline == "none":
         center = torch.zeros_like(mean)
+    elif baseline == "opo":
+        center = weighted_mean(rewards, lengths, members, mean)
+    elif baseline == "passk":
+        center, below = ordered[members.starts + (members.sizes - 2).clamp(min=0)], torch.zeros_like(mean)
+    elif baseline == "median":
+        lower, upper = (ordered[members.starts + i // 2].double() for i in (members.sizes - 1, members.sizes))
+        center = ((lower + upper) / 2).to(dtype)
+    elif baseline == "pos_mask":
+        above = hard(outcomes, members, k).to(dtype)
+    elif baseline == "neg_mask":
+        below = 1 - hard(outcomes, members, k).to(dtype)
 
-    deviations = (rewards - center[members.index]) * gain[members.index]
+    above_it = rewards > center[members.index]
+    gain = torch.where(above_it, above[members.index], below[members.index])
+    deviations = (rewards - center[members.index]) * gain + 0.0  # -1 times 0 is -0
     if scale == "none":
         advantages = deviations
     else:
         divisor = std if scale == "std" else batch_std(rewards, correction).expand_as(std)
         divisor = divisor[members.index]
         advantages = torch.where((deviations == 0) | (divisor == 0), 0, deviations / (divisor + eps))
-    return Advantages(advantages, advantages != 0, members.ids, center, success_rate, std, len(members.ids))
+    median_of = (rewards, groups) if baseline == "median" else None
+    return Advantages(advantages, advantages != 0, members.ids, center, success_rate, std, len(members.ids), median_of)
+
+
+def levels_in_nano(k: float | Tensor) -> int | Tensor:
+    return (k.double() * NANO + 0.5).long() - TENSOR_K_SLACK if isinstance(k, Tensor) else k_in_nano(k)
 
 
 def quantile(ordered: Tensor, members: Groups, k: float | Tensor, interpolation: str) -> Tensor:
@@ -103,17 +120,27 @@ def quantile(ordered: Tensor, members: Groups, k: float | Tensor, interpolation:
     "linear": `torch.quantile`'s default, as in the authors' code; differs from the paper for some G and counts.
     """
     if interpolation == "inverted_cdf":
-        if isinstance(k, Tensor):
-            nano = (k.double() * NANO + 0.5).long() - TENSOR_K_SLACK
-        else:
-            nano = k_in_nano(k)
-        rank = (nano * members.sizes + NANO - 1).div(NANO, rounding_mode="floor").clamp(min=1)
+        rank = (levels_in_nano(k) * members.sizes + NANO - 1).div(NANO, rounding_mode="floor").clamp(min=1)
         return ordered[members.starts + rank - 1]
     position = torch.as_tensor(k, dtype=ordered.dtype, device=ordered.device) * (members.sizes - 1).to(ordered.dtype)
     below = position.floor()
     lower = ordered[members.starts + below.long()]
     upper = ordered[members.starts + position.ceil().long()]
     return torch.lerp(lower, upper, position - below)
+
+
+def hard(outcomes: Tensor, members: Groups, k: float | Tensor) -> Tensor:
+    """[num_groups] bool: success rate <= 1 - k, as failures >= k G; for 0/1 outcomes where the quantile is 0."""
+    failures = members.sizes - members.sum(outcomes.double())
+    return failures * NANO >= torch.as_tensor(levels_in_nano(k)).clamp(min=1) * members.sizes.double()
+
+
+def weighted_mean(rewards: Tensor, lengths: Tensor, members: Groups, mean: Tensor) -> Tensor:
+    """[num_groups]: sum(l r) / sum(l), as deviation from the plain mean; that mean for a group without tokens."""
+    lengths, mean = lengths.double(), mean.double()
+    total = members.sum(lengths)
+    weighted = members.sum(lengths * (rewards - mean[members.index]))
+    return (mean + weighted / torch.where(total > 0, total, 1)).to(rewards.dtype)
 
 
 def batch_std(rewards: Tensor, correction: int) -> Tensor:
