@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from . import checks, linear_head, two_pass
 from .config import OBJECTIVES, PolicyLossConfig
 from .linear_head import LinearHead, gradient_dtype
-from .outputs import Advantages
+from .outputs import Advantages, GivenToAdvantages
 from .rows import Rows
 from .vocab_parallel import VocabParallel, group_of
 
@@ -452,5 +452,5 @@ def group_advantages(
         rewards, outcomes, lengths, 0 if by_ids else groups, groups if by_ids else None, 0.5 if per_group_k else k,
         k if per_group_k else None, baseline, interpolation, scale, eps, correction, triton,
     )  # fmt: skip
-    median_of = (rewards, groups) if baseline == "median" else None
-    return Advantages(*values, num_groups if by_ids else rewards.numel() // groups, median_of)
+    given = GivenToAdvantages(rewards, groups, baseline, k)
+    return Advantages(*values, num_groups if by_ids else rewards.numel() // groups, given)

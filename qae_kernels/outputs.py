@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .diagnostics import Diagnostics
+from .diagnostics import SUCCESS_BINS, Diagnostics
+
+RATE_SLACK = 1e-6  # less than one response of any group, and more than float32 loses of a rate or of k
 
 
 def lazy(method: Callable) -> property:
@@ -22,6 +25,15 @@ def lazy(method: Callable) -> property:
         return self._computed[method.__name__]
 
     return property(get)
+
+
+class GivenToAdvantages(NamedTuple):
+    """What `group_advantages` was called with."""
+
+    rewards: Tensor
+    groups: int | Tensor
+    baseline: str
+    k: float | Tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Advantages:
     _success_rate: Tensor
     _std: Tensor
     _num_groups: int | Tensor
-    _median_of: tuple[Tensor, int | Tensor] | None = None  # rewards and groups, for the median baseline only
+    _given: GivenToAdvantages
     _computed: dict = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
@@ -78,19 +90,55 @@ class Advantages:
     def pivot(self) -> Tensor:
         """[B] bool: with `baseline="median"`, the response of each group of odd size that is its median: the first one
         whose reward equals it. Its advantage is 0. Take it out of the loss's mask as well and it is not counted in the
-        normaliser either. False for everybody in groups of even size, and with another baseline. Made from the
-        per-group values, so with groups given as ids on a GPU it waits for it."""
-        pivot = torch.zeros_like(self.active)
-        if self._median_of is None or not pivot.numel():
-            return pivot
-        rewards, groups = self._median_of
+        normaliser either. False for everybody in groups of even size, and with another baseline."""
+        rewards, _, baseline, _ = self._given
+        if baseline != "median" or not self.active.numel():
+            return torch.zeros_like(self.active)
+        group = self._group_of
         position = torch.arange(len(rewards), device=rewards.device)
-        ids = position // groups if isinstance(groups, int) else groups.long()
-        group = torch.searchsorted(self.group_ids, ids)
-        at_median = torch.where(rewards == self.baseline[group], position, len(rewards))
-        first = torch.full_like(self.group_ids, len(rewards)).scatter_reduce_(0, group, at_median, "amin")
+        at_median = torch.where(rewards == self._baseline[group], position, len(rewards))
+        first = torch.full_like(self._group_ids, len(rewards)).scatter_reduce_(0, group, at_median, "amin")
         odd = torch.zeros_like(first).index_add_(0, group, torch.ones_like(group)) % 2 == 1
         return (position == first[group]) & odd[group]
+
+    @lazy
+    def hard(self) -> Tensor:
+        """[B] bool: the response's group is hard, success rate <= 1 - k (arXiv 2509.22611); the others are easy. Of any
+        baseline: it is the gate that the quantile would be with 0/1 outcomes."""
+        return self._is_hard[self._group_of]
+
+    def diagnostics(self) -> Diagnostics:
+        """Responses by sign of advantage and groups by regime, for the diagnostics of a step. Does not wait for the
+        device."""
+        a, rates = self.advantages, self._success_rate
+        there = torch.arange(len(rates), device=a.device) < self._num_groups
+        bins = (rates * SUCCESS_BINS + RATE_SLACK).long().clamp(0, SUCCESS_BINS - 1)
+        histogram = torch.zeros(SUCCESS_BINS, dtype=torch.float64, device=a.device).index_add_(0, bins, there.double())
+        responses = torch.stack([torch.ones_like(self.active), a == 0, a > 0, a < 0])
+        groups = torch.stack([there, there & self._is_hard, there & ~self._is_hard, there & (self._std == 0)])
+        return Diagnostics.empty(
+            a.device, responses=responses.sum(1, dtype=torch.float64), groups=groups.sum(1, dtype=torch.float64),
+            histogram=histogram, has=frozenset({"advantages"}),
+        )  # fmt: skip
+
+    @lazy
+    def _is_hard(self) -> Tensor:
+        """As many as there are places for groups."""
+        k = self._given.k
+        if isinstance(k, Tensor):
+            k = torch.nn.functional.pad(k, (0, len(self._success_rate) - len(k)))
+        return self._success_rate <= 1 - k + RATE_SLACK
+
+    @lazy
+    def _group_of(self) -> Tensor:
+        """[B] int64: each response's place among the groups."""
+        groups, batch = self._given.groups, len(self.advantages)
+        if isinstance(groups, int):
+            return torch.arange(batch, device=self.advantages.device) // groups
+        ids, order = torch.sort(groups.long(), stable=True)
+        place = torch.zeros_like(ids)
+        place[1:] = (ids[1:] != ids[:-1]).cumsum(0)
+        return torch.empty_like(place).scatter_(0, order, place)
 
 
 @dataclass(frozen=True)

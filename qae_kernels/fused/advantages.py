@@ -15,7 +15,7 @@ import triton.language as tl
 from ..checks import NANO as _NANO
 from ..checks import TENSOR_K_SLACK as _TENSOR_K_SLACK
 from ..checks import k_in_nano
-from ..outputs import Advantages
+from ..outputs import Advantages, GivenToAdvantages
 
 NANO = tl.constexpr(_NANO)
 TENSOR_K_SLACK = tl.constexpr(_TENSOR_K_SLACK)
@@ -326,5 +326,5 @@ def group_advantages(
                 BASELINE=QUANTILES[interpolation] if baseline == "quantile" else BASELINES[baseline],
                 STANDARDISE=scale != "none", BLOCK=block, num_warps=max(1, block // 256),
             )  # fmt: skip
-    median_of = (rewards, groups) if baseline == "median" else None
-    return Advantages(advantages, active, group_ids, center, success_rate, std, num_groups, median_of)
+    given = GivenToAdvantages(rewards, groups, baseline, k)
+    return Advantages(advantages, active, group_ids, center, success_rate, std, num_groups, given)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import NANO, TENSOR_K_SLACK, k_in_nano
-from ..outputs import Advantages
+from ..outputs import Advantages, GivenToAdvantages
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def group_advantages(
         divisor = std if scale == "std" else batch_std(rewards, correction).expand_as(std)
         divisor = divisor[members.index]
         advantages = torch.where((deviations == 0) | (divisor == 0), 0, deviations / (divisor + eps))
-    median_of = (rewards, groups) if baseline == "median" else None
-    return Advantages(advantages, advantages != 0, members.ids, center, success_rate, std, len(members.ids), median_of)
+    given = GivenToAdvantages(rewards, groups, baseline, k)
+    return Advantages(advantages, advantages != 0, members.ids, center, success_rate, std, len(members.ids), given)
 
 
 def levels_in_nano(k: float | Tensor) -> int | Tensor:
