@@ -13,6 +13,7 @@ from .ops import (
     token_logprobs,
 )
 from .outputs import Advantages, PolicyLossOutput
+from .whitening import quantile_whiten
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "policy_loss",
     "qae_dapo_loss",
     "quantile_advantages",
+    "quantile_whiten",
     "token_logprobs",
     "token_weights",
 ]

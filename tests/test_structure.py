@@ -21,6 +21,8 @@ LAYERS = {
     "outputs": set(),
     "aggregation": set(),
     "config": {"checks"},
+    "order_statistics": {"checks"},
+    "whitening": {"checks", "order_statistics"},
     "credit": {"checks", "config", "aggregation", "outputs"},
     "reference": {"checks", "config", "aggregation", "outputs", "credit"},
     "fused": {"checks", "config", "aggregation", "outputs", "credit"},
