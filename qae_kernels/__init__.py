@@ -13,6 +13,7 @@ from .ops import (
     token_logprobs,
 )
 from .outputs import Advantages, PolicyLossOutput
+from .schedules import DifficultyK, EntropyTargetK, KSchedule
 from .whitening import quantile_whiten
 
 __version__ = "0.1.0"
@@ -21,6 +22,9 @@ __all__ = [
     "PRESETS",
     "Advantages",
     "CreditPlan",
+    "DifficultyK",
+    "EntropyTargetK",
+    "KSchedule",
     "PolicyLossConfig",
     "PolicyLossOutput",
     "group_advantages",

@@ -22,6 +22,7 @@ LAYERS = {
     "aggregation": set(),
     "config": {"checks"},
     "order_statistics": {"checks"},
+    "schedules": {"checks"},
     "whitening": {"checks", "order_statistics"},
     "credit": {"checks", "config", "aggregation", "outputs"},
     "reference": {"checks", "config", "aggregation", "outputs", "credit"},
