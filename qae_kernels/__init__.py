@@ -16,6 +16,8 @@ from .ops import (
 from .outputs import Advantages, PolicyLossOutput
 from .prepass import rollout_correction, select_tokens, top_entropy_mask
 from .presets import PRESETS
+from .schedules import DifficultyK, EntropyTargetK, KSchedule
+from .whitening import quantile_whiten
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,9 @@ __all__ = [
     "Advantages",
     "CreditPlan",
     "Diagnostics",
+    "DifficultyK",
+    "EntropyTargetK",
+    "KSchedule",
     "PolicyLossConfig",
     "PolicyLossOutput",
     "group_advantages",
@@ -33,6 +38,7 @@ __all__ = [
     "policy_loss",
     "qae_dapo_loss",
     "quantile_advantages",
+    "quantile_whiten",
     "register_objective",
     "rollout_correction",
     "select_tokens",

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..order_statistics import kth_smallest
+
 ROUNDING = 1e-9  # a share of a number of tokens that is a whole number may come out a little less: 0.29 of 100
 
 
@@ -21,12 +23,6 @@ def total(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return result
 
 
-def kth_largest(values: Tensor, rank: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """0-dim: the value of this rank (1: the largest) of the batch."""
-    ordered = values.sort(descending=True).values
-    return ordered[rank.clamp(max=len(ordered)) - 1] if len(ordered) else values.new_zeros(())
-
-
 def top_tokens(values: Tensor, candidates: Tensor, count: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """bool: the `count` candidates of the largest values, at least 1; ties with the last of them are taken too.
 
@@ -34,7 +30,7 @@ def top_tokens(values: Tensor, candidates: Tensor, count: Tensor, group: dist.Pr
     """
     values = torch.where(candidates, values.detach(), -torch.inf)
     rank = (count + ROUNDING).long().clamp(min=1)
-    return candidates & (values >= kth_largest(values, rank, group))
+    return candidates & (values >= -kth_smallest(-values, rank, candidates, process_group=group))
 
 
 def top_entropy(entropy: Tensor, mask: Tensor, share: float, group: dist.ProcessGroup | None = None) -> Tensor:
