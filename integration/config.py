@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+from qae_kernels import PRESETS as LOSSES
+from qae_kernels import EntropyTargetK, KSchedule, PolicyLossConfig
 
 Baseline = Literal["quantile", "mean", "leave_one_out", "none", "opo", "passk", "median", "pos_mask", "neg_mask"]
 
@@ -68,6 +71,12 @@ class TrainConfig:
     Divided by the std of the group, "opo" as well."""
     k: float = 0.4
     """Quantile level of the baseline, strictly between 0 and 1; read by "quantile", "pos_mask", "neg_mask"."""
+    k_end: float | None = None
+    """K at the last step; see `k_schedule`. None: K stays what it is."""
+    k_schedule: Literal["linear", "cosine", "two_phase"] = "linear"
+    """From k to k_end: along a line, half a cosine, or at once in the middle of the run."""
+    entropy_target: float | None = None
+    """Nats per token that the entropy of the rollouts shall keep: moves K from k on (`qae_kernels.EntropyTargetK`)."""
 
     steps: int = 150
     """Rollouts."""
@@ -88,8 +97,11 @@ class TrainConfig:
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    eps_low: float = 0.2
-    eps_high: float = 0.28
+    loss: str = "dapo"
+    """Named policy loss of `qae_kernels.PRESETS`: dapo, grpo, dr_grpo, gspo, cispo, sapo, clip_cov, kl_cov, ..."""
+    eps_low: float | None = None
+    eps_high: float | None = None
+    """Clip bounds. None: those of the loss."""
 
     eval_every: int = 25
     eval_samples: int = 4
@@ -115,10 +127,32 @@ class TrainConfig:
             raise ValueError(f"steps must not be negative; got {self.steps}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive; got {self.temperature}")
+        if self.k_end is not None and self.entropy_target is not None:
+            raise ValueError("k_end and entropy_target are two ways to set K; expected one of them")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
+        self.loss_config  # noqa: B018  refuses bounds that are out of range
+        self.k_source()
 
     @property
     def folder(self) -> Path:
         return self.runs / self.name
+
+    @property
+    def loss_config(self) -> PolicyLossConfig:
+        bounds = {"eps_low": self.eps_low, "eps_high": self.eps_high}
+        given = {name: x for name, x in bounds.items() if x is not None}
+        return replace(LOSSES[self.loss], temperature=self.temperature, **given)
+
+    def k_source(self) -> KSchedule | EntropyTargetK:
+        """What K comes from, at its beginning."""
+        if self.entropy_target is not None:
+            return EntropyTargetK(self.entropy_target, k=self.k, k_min=min(0.2, self.k), k_max=max(0.8, self.k))
+        if self.k_end is None:
+            return KSchedule.constant(self.k)
+        if self.k_schedule == "two_phase":
+            return KSchedule.two_phase(self.k, self.k_end, 0.5, total_steps=max(1, self.steps))
+        return getattr(KSchedule, self.k_schedule)(self.k, self.k_end, max(1, self.steps - 1))
 
 
 PRESETS: dict[str, TrainConfig] = {

@@ -23,6 +23,7 @@ class Rollout:
     entropy: Tensor  # [B, R] f32, nats; 0 if padded
     finished: Tensor  # [B] bool: ended by itself, not by the length limit
     texts: list[str]
+    old_logprobs: Tensor | None = None  # [B, R] f32, as the training path computes them; None: not recomputed
 
     @property
     def lengths(self) -> Tensor:
@@ -35,7 +36,8 @@ class Rollout:
     def select(self, rows: Tensor) -> Rollout:
         """The given responses, in the given order."""
         texts = [self.texts[row] for row in rows.tolist()]
-        return Rollout(**{name: x[rows] for name, x in vars(self).items() if name != "texts"}, texts=texts)
+        chosen = {name: None if x is None else x[rows] for name, x in vars(self).items() if name != "texts"}
+        return Rollout(**chosen, texts=texts)
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ import tyro
 from torch import Tensor
 
 import qae_kernels
-from qae_kernels import Advantages, group_advantages
+from qae_kernels import Advantages, EntropyTargetK, group_advantages
 
 from . import checkpoint, report
 from .config import PRESETS, TrainConfig
@@ -42,7 +42,7 @@ from .evaluate import evaluate
 from .progress import Progress
 from .rewards import verify
 from .rollout import Rollout, sample
-from .update import LOGGED, recompute_logprobs, update_policy
+from .update import Update, recompute_logprobs, update_policy
 from .warm_start import warm_start
 
 ROLLOUT_SEED = 123_000_000
@@ -64,6 +64,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     problems = task.training_problems(ROLLOUT_SEED + config.seed)
     random_tokens = torch.Generator(device).manual_seed(config.seed)
     random_order = torch.Generator().manual_seed(config.seed)
+    k_source = config.k_source()
 
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
         for step in progress.track(config.steps, config.name):
@@ -81,8 +82,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             outcomes = verify(rollout.texts, batch, task).to(device)
             verified = time.perf_counter()
 
+            k = k_source.k if isinstance(k_source, EntropyTargetK) else k_source(step)
             advantages = group_advantages(
-                outcomes, config.group_size, baseline=config.baseline, k=config.k, backend=config.backend,
+                outcomes, config.group_size, baseline=config.baseline, k=k, backend=config.backend,
                 lengths=rollout.lengths if config.baseline == "opo" else None,
             )  # fmt: skip
             if config.old_logprobs == "recompute":
@@ -94,7 +96,10 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             ]
             finished = time.perf_counter()
 
-            record |= describe_rollout(rollout, outcomes, advantages) | describe_updates(updates)
+            record |= {"k": k} | describe_rollout(rollout, outcomes, advantages)
+            record |= describe_updates(advantages, updates)
+            if isinstance(k_source, EntropyTargetK):
+                k_source.update(record["sampler_entropy"])
             record |= {
                 "seconds_rollout": sampled - started,
                 "seconds_verify": verified - sampled,
@@ -139,22 +144,19 @@ def describe_rollout(rollout: Rollout, outcomes: Tensor, advantages: Advantages)
         "sampler_entropy_positive": mean_entropy(values > 0),
         "sampler_entropy_negative": mean_entropy(values < 0),
         "sampler_entropy_zero": mean_entropy(values == 0),
-        "zero_fraction": advantages.zero_fraction.item(),
-        "positive_fraction": (values > 0).float().mean().item(),
-        "negative_fraction": (values < 0).float().mean().item(),
+        "sampler_entropy_hard": mean_entropy(advantages.hard),
+        "sampler_entropy_easy": mean_entropy(~advantages.hard),
         "response_length": rollout.lengths.float().mean().item(),
         "truncated_fraction": 1 - rollout.finished.float().mean().item(),
     }
 
 
-def describe_updates(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Mean over the step's updates (maximum for `ratio_max`); updates without credit are counted, and left out."""
-    made = [u for u in updates if u["tokens"]]
-    record: dict[str, float] = {"updates": len(made), "tokens_trained": sum(u["tokens"] for u in made)}
-    for name in ("grad_norm", *LOGGED):
-        values = [u[name] for u in made] or [0.0]
-        record[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
-    return record
+def describe_updates(advantages: Advantages, updates: list[Update]) -> dict[str, Any]:
+    """The step's `Diagnostics`: those of responses and groups are of the whole rollout, those of tokens of the tokens
+    that entered the model. grad_norm: mean over the updates that were made."""
+    norms = [u.grad_norm for u in updates if u.grad_norm is not None]
+    diagnostics = sum((u.diagnostics for u in updates), advantages.diagnostics())
+    return {"updates": len(norms), "grad_norm": sum(norms) / max(1, len(norms))} | diagnostics.as_dict()
 
 
 def resolve_device(name: str) -> torch.device:

@@ -7,25 +7,37 @@ same rollout and trains its share of the plan; otherwise there is one rank, and 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qae_kernels import Advantages, CreditPlan, PolicyLossConfig, linear_policy_loss, linear_token_logprobs, plan_credit
+from qae_kernels import (
+    Advantages,
+    CreditPlan,
+    Diagnostics,
+    PolicyLossConfig,
+    linear_policy_loss,
+    linear_token_logprobs,
+    plan_credit,
+    select_tokens,
+    top_entropy_mask,
+)
 
 from .config import TrainConfig
 from .packing import hidden_states, output_head, pack
 from .rollout import Rollout
 
-MEANS = {  # of the loss's metrics, over the tokens trained: name in the log -> name there
-    "clip_fraction_low": "clip_fraction_low",
-    "clip_fraction_high": "clip_fraction_high",
-    "approx_kl": "approx_kl",
-    "trained_entropy": "entropy",
-}
-LOGGED = (*MEANS, "ratio_max")
+
+@dataclass(frozen=True)
+class Update:
+    """diagnostics: of the tokens that were trained, on all ranks. grad_norm: None where no response had credit; nothing
+    has changed then."""
+
+    diagnostics: Diagnostics
+    grad_norm: float | None
 
 
 def update_policy(
@@ -35,8 +47,8 @@ def update_policy(
     advantages: Advantages,
     rows: Tensor,
     config: TrainConfig,
-) -> dict[str, float]:
-    """One optimizer update on the responses `rows`: the DAPO loss, averaged over all their tokens.
+) -> Update:
+    """One optimizer update on the responses `rows`: the loss of the config, averaged over all their tokens.
 
     Responses of advantage 0 have no gradient, so they do not enter the model; their tokens stay in the denominator.
     A minibatch in which no response has credit changes nothing: there is no update then.
@@ -44,18 +56,34 @@ def update_policy(
     rank, world_size = rank_and_world_size()
     rows = rows.to(rollout.response_ids.device)
     minibatch, values = rollout.select(rows), advantages.advantages[rows]
+    loss, selection = select(minibatch, values, config.loss_config)
     plan = plan_credit(
         values, minibatch.lengths, prompt_lengths=minibatch.prompt_lengths, max_tokens=config.max_tokens,
-        world_size=world_size,
-        config=PolicyLossConfig(eps_low=config.eps_low, eps_high=config.eps_high, temperature=config.temperature),
+        world_size=world_size, config=loss,
     )  # fmt: skip
     if not len(plan.responses):
-        return {"tokens": 0}
-    stats = policy_gradient(model, minibatch, values, plan, rank, backend=config.backend)
+        return Update(Diagnostics.empty(values.device), None)
+    diagnostics = policy_gradient(
+        model, minibatch, values, plan, rank, hard=advantages.hard[rows], selection=selection, backend=config.backend
+    )
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {**stats, "grad_norm": grad_norm.item()}
+    return Update(diagnostics, grad_norm.item())
+
+
+def select(
+    rollout: Rollout, advantages: Tensor, config: PolicyLossConfig
+) -> tuple[PolicyLossConfig, dict[str, Tensor]]:
+    """For losses that act on a share of the tokens: those of the whole minibatch, by what the sampler knew of them, as
+    arguments [B, R] of the loss; and the config that goes with them. No loss is left that selects within a call."""
+    if config.objective in ("clip_cov", "kl_cov"):
+        selected = select_tokens(rollout.logprobs, advantages, config=config, mask=rollout.response_mask)
+        return config, {"selected": selected}
+    if config.top_entropy < 1:
+        kept = top_entropy_mask(rollout.entropy, config.top_entropy, mask=rollout.response_mask)
+        return dataclasses.replace(config, top_entropy=1.0), {"rollout_weights": kept.float()}
+    return config, {}
 
 
 def policy_gradient(
@@ -66,46 +94,46 @@ def policy_gradient(
     rank: int = 0,
     *,
     ref_logprobs: Tensor | None = None,
+    hard: Tensor | None = None,
+    selection: dict[str, Tensor] | None = None,
     backend: str = "auto",
-) -> dict[str, float]:
-    """Adds to every parameter's `.grad` the gradient of the loss of the whole `plan`; returns what to log.
+) -> Diagnostics:
+    """Adds to every parameter's `.grad` the gradient of the loss of the whole `plan`; returns its diagnostics.
 
-    advantages [B], ref_logprobs [B, R]: of the B responses of `rollout`, which the plan was made for.
+    advantages, hard [B], ref_logprobs, selection [B, R]: of the B responses of `rollout`, which the plan was made for.
     This rank runs its own micro-batches, then the ranks sum. An empty micro-batch runs as well and has a gradient of 0,
     so that no rank waits for another. Gradients must be None or 0 before: the ranks would sum what is there.
     """
-    means = torch.zeros(len(MEANS), dtype=torch.float64, device=advantages.device)
-    ratio_max = means.new_zeros(())
-    trained = int(rollout.lengths[plan.responses.to(advantages.device)].sum())
+    per_token = {"ref_logprobs": ref_logprobs, **(selection or {})}
+    if rollout.old_logprobs is None:
+        per_token["old_logprobs"] = rollout.logprobs
+    else:
+        per_token |= {"old_logprobs": rollout.old_logprobs, "rollout_logprobs": rollout.logprobs}
+    diagnostics = Diagnostics.empty(advantages.device)
     for rows in plan.micro_batches[rank]:
         batch = pack(rollout, rows)
         output = linear_policy_loss(
             hidden_states(model, batch), tokens=batch.tokens, advantages=advantages[batch.rows],
-            old_logprobs=batch.take(rollout.logprobs), cu_seqlens=batch.cu_seqlens,
-            ref_logprobs=None if ref_logprobs is None else batch.take(ref_logprobs), normalizer=plan.normalizer,
-            config=plan.config, entropy="active", backend=backend, **output_head(model),
+            cu_seqlens=batch.cu_seqlens, normalizer=plan.normalizer, config=plan.config, entropy="active",
+            backend=backend, **{name: batch.take(x) for name, x in per_token.items() if x is not None},
+            **output_head(model),
         )  # fmt: skip
         output.loss.backward()
-        if len(rows):
-            share = len(batch.tokens) / trained
-            means += share * torch.stack([output.metrics[name] for name in MEANS.values()])
-            ratio_max = torch.maximum(ratio_max, output.metrics["ratio_max"])
+        diagnostics += output.diagnostics(None if hard is None else hard[batch.rows])
     if distributed():
         sum_gradients(model)
-        dist.all_reduce(means)
-        dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
-    return {"tokens": trained, **dict(zip(MEANS, means.tolist(), strict=True)), "ratio_max": ratio_max.item()}
+    return diagnostics.all_reduce()
 
 
 @torch.no_grad()
 def recompute_logprobs(
     model: PreTrainedModel, rollout: Rollout, advantages: Advantages, config: TrainConfig
 ) -> Rollout:
-    """The rollout with log-probabilities of `model` in place of the sampler's; 0 in responses without credit."""
+    """The rollout with `old_logprobs` of `model` beside the sampler's; 0 in responses without credit."""
     rank, world_size = rank_and_world_size()
     plan = plan_credit(
         advantages.advantages, rollout.lengths, prompt_lengths=rollout.prompt_lengths, max_tokens=config.max_tokens,
-        world_size=world_size,
+        world_size=world_size, config=config.loss_config,
     )  # fmt: skip
     logprobs = torch.zeros_like(rollout.logprobs)
     for rows in plan.micro_batches[rank]:
@@ -117,7 +145,7 @@ def recompute_logprobs(
         batch.put(values, into=logprobs)
     if distributed():
         dist.all_reduce(logprobs)  # each response is another rank's 0
-    return dataclasses.replace(rollout, logprobs=logprobs)
+    return dataclasses.replace(rollout, old_logprobs=logprobs)
 
 
 def sum_gradients(model: PreTrainedModel) -> None:
