@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import product
 
 import pytest
@@ -43,14 +44,15 @@ Row = tuple[str, str, str, str]
 # ---- both sides
 
 
-def make(dtype: torch.dtype = torch.float64) -> Batch:
-    """[6, 6] rows with holes in the masks and a response without tokens; numbers that float32 holds. Ratios lie on both
+@cache
+def make() -> Batch:
+    """[6, 9] rows with holes in the masks and a response without tokens; numbers that float32 holds. Ratios lie on both
     sides of all bounds, credit of both signs and none, per token and per response."""
-    batch = make_batch(23, "padded", lengths=(6, 3, 5, 6, 4, 0))
-    logprobs = token_logprobs(batch.logits, batch.tokens)[0]
-    drift = torch.tensor([0.4, -0.6, -0.3, 0.2, 0.5, 0.0])[:, None]  # of whole responses
-    old_logprobs = logprobs + 1.6 * (batch.old_logprobs - logprobs) - drift
-    return in_dtype(replace(batch, old_logprobs=old_logprobs), dtype)
+    batch = make_batch(23, "padded", lengths=(9, 5, 7, 9, 6, 0))
+    logprobs = token_logprobs(batch.logits, batch.tokens, backend="torch")[0]
+    drift = torch.tensor([0.2, -0.4, -0.2, 0.1, 0.3, 0.0])[:, None]  # of whole responses
+    old_logprobs = logprobs + 1.4 * (batch.old_logprobs - logprobs) - drift
+    return in_dtype(replace(batch, old_logprobs=old_logprobs), torch.float64)
 
 
 def in_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
@@ -150,7 +152,7 @@ def settings_of(config: PolicyLossConfig) -> str:
 
 
 def dro(log_ratio, logprobs, advantages, *, beta=0.1):
-    """Direct reward optimisation (arXiv 2405.19107): a quadratic pull to the old policy, on tokens of advantage 0 too."""
+    """Direct reward optimisation (arXiv 2405.19107): a quadratic pull to the old policy, of advantage 0 too."""
     return -(advantages * logprobs - 0.5 * beta * log_ratio**2)
 
 
@@ -259,13 +261,18 @@ def accepted(level: str) -> Callable:
     def extra(batch: Batch, config: ActorConfig, _) -> dict:
         given = bounds(config.policy_loss.rollout_correction)
         weights = rollout_correction(now(batch), batch.old_logprobs, level=level, mode="mask", mask=batch.mask, **given)
-        return {"mask": weights != 0}
+        return some_of(batch, weights != 0)
 
     return extra
 
 
+def some_of(batch: Batch, mask: Tensor) -> dict:
+    assert 0 < mask.sum() < batch.mask.sum()
+    return {"mask": mask}
+
+
 def accepted_by_verl(batch: Batch, config: ActorConfig, _) -> dict:
-    return {"mask": rejection(config.policy_loss.rollout_correction, now(batch) - batch.old_logprobs, batch.mask)}
+    return some_of(batch, rejection(config.policy_loss.rollout_correction, now(batch) - batch.old_logprobs, batch.mask))
 
 
 def truncated(batch: Batch, config: ActorConfig, _) -> dict:
@@ -278,8 +285,8 @@ def bypass(**given) -> dict:
     return {"rollout_correction": RolloutCorrectionConfig(**({"rollout_is": None, "bypass_mode": True} | given))}
 
 
-COV = {"clip_cov_ratio": 0.2, "clip_cov_lb": -0.5, "clip_cov_ub": 2.0}
-OWN_COV = {"share": 0.2, "low": -0.5, "high": 2.0}
+COV = {"clip_cov_ratio": 0.2, "clip_cov_lb": -2.0, "clip_cov_ub": 3.0}
+OWN_COV = {"share": 0.2, "low": -2.0, "high": 3.0}
 HIGHER = {"clip_ratio_high": 0.28}
 TIGHT, TIGHTER = ({"clip_ratio_low": x, "clip_ratio_high": 2 * x} for x in (0.05, 0.01))
 SAME = [
@@ -302,7 +309,7 @@ SAME = [
          loss={"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.7}),
     Same("dro", PolicyLossConfig(objective="dro", hyper={"beta": 0.3}), loss={"dro_beta": 0.3},
          said="after register_objective(..., skips_zero_advantage=False)"),
-    Same("dppo_tv", PolicyLossConfig(objective="dppo_tv", eps_low=0.05, eps_high=0.1, hyper={"largest": 3.0}), TIGHT,
+    Same("dppo_tv", PolicyLossConfig(objective="dppo_tv", eps_low=0.01, eps_high=0.02, hyper={"largest": 3.0}), TIGHTER,
          said="after register_objective"),
     Same("dppo_kl", PolicyLossConfig(objective="dppo_kl", eps_low=0.01, eps_high=0.02, hyper={"largest": 3.0}), TIGHTER,
          said="after register_objective"),
@@ -353,7 +360,7 @@ def test_kernels(same, device):
 def test_the_batch_reaches_every_branch():
     """By verl's own metrics: some tokens are clipped, on either side, and others are not."""
     batch = make()
-    lower = {"vanilla": {}, "geo_mean": {"clip_ratio": 0.4}, "dppo_tv": TIGHT | {"clip_ratio_c": 3.0}}
+    lower = {"vanilla": {}, "geo_mean": {"clip_ratio": 0.4}, "dppo_tv": TIGHTER}
     for mode, settings in (lower | {"gspo": TIGHT, "cispo": {}, "dppo_kl": TIGHTER, "clip_cov": {}}).items():
         metrics = theirs(batch, actor(mode, loss=COV if mode == "clip_cov" else None, **settings)).metrics
         assert 0.08 < metrics["actor/pg_clipfrac"] < 0.9, mode
@@ -377,7 +384,7 @@ def taken(batch: Batch, mode: str, share: float) -> Tensor:
 
 
 def select(batch: Batch, mode: str, share: float, **hyper) -> Tensor:
-    hyper = {"share": share} | ({"low": -0.5, "high": 2.0} | hyper if mode == "clip_cov" else {})
+    hyper = {"share": share} if mode == "kl_cov" else OWN_COV | {"share": share} | hyper
     config = PolicyLossConfig(objective=mode, eps_high=0.2, hyper=hyper)
     return select_tokens(now(batch), batch.advantages, config=config, old_logprobs=batch.old_logprobs, mask=batch.mask)
 
@@ -479,7 +486,7 @@ def kl_error(kind: str, aggregation: str) -> float:
 
 def straight_through_error(kind: str, aggregation: str) -> float:
     expected, value, gradient = kl_pair(kind, aggregation, value=STRAIGHT_THROUGH[kind], gradient="k2")
-    assert difference(value, expected) > 0.01 and difference(gradient, expected) > 0.01
+    assert min(difference(value, expected), difference(gradient, expected)) > 1e-3
     return difference(replace(gradient, loss=value.loss), expected)
 
 
@@ -514,13 +521,14 @@ def test_entropy(aggregation):
 # ---- equal: rollout correction
 
 LEVELS = {"token": "token", "sequence": "sequence"}
-THRESHOLDS = {1.5: {"high": 1.5}, "1.5": {"high": 1.5}, "0.7_1.5": {"mode": "mask", "low": 0.7, "high": 1.5}}
+THRESHOLDS = {1.5: {"high": 1.5}, "0.7_1.5": {"mode": "mask", "low": 0.7, "high": 1.5}}
 REJECTIONS = {"token_k1": "token", "seq_sum_k1": "sequence", "seq_mean_k1": "geometric"}
 
 
 def sampled(batch: Batch) -> Tensor:
     """Log-probabilities of a sampler that is not the trainer, whose own are the old ones."""
-    return batch.old_logprobs - 0.8 * (batch.ref_logprobs - now(batch))
+    drift = torch.tensor([-0.1, 0.05, 0.1, 0.3, 0.02, 0.0])[:, None]  # of whole responses
+    return batch.old_logprobs - 0.5 * (batch.ref_logprobs - now(batch)) - drift
 
 
 def weights_error(level: str, threshold: str | float, mean_one: bool) -> float:
@@ -549,7 +557,7 @@ def rejections_that_differ(kind: str) -> int:
     """Tokens that one side rejects and the other does not."""
     batch = make()
     sampler = sampled(batch)
-    config = RolloutCorrectionConfig(rollout_rs=kind, rollout_rs_threshold="0.8_1.3")
+    config = RolloutCorrectionConfig(rollout_rs=kind, rollout_rs_threshold="0.7_1.15")
     expected = rejection(config, batch.old_logprobs - sampler, batch.mask)
     weights = rollout_correction(
         batch.old_logprobs, sampler, level=REJECTIONS[kind], mode="mask", mask=batch.mask, **bounds(config)
@@ -562,7 +570,7 @@ def corrected_error() -> float:
     """From both log-probabilities to the loss: weights of responses, and responses that are rejected."""
     batch = make()
     sampler = sampled(batch)
-    config = RolloutCorrectionConfig.decoupled_seq_is_rs(is_threshold=1.5, rs_threshold="0.5_3.0")
+    config = RolloutCorrectionConfig.decoupled_seq_is_rs(is_threshold=1.5, rs_threshold="0.2_1.1")
     weights, mask, _ = rollout_corr_helper.compute_rollout_correction_and_rejection_mask(
         batch.old_logprobs, sampler, batch.mask, config.rollout_is, config.rollout_is_threshold,
         rollout_rs=config.rollout_rs, rollout_rs_threshold=config.rollout_rs_threshold,
@@ -632,8 +640,8 @@ def small(log_ratios: list[list[float]], advantages: list[list[float]], ref: flo
     logits = torch.tensor([P, 1 - P], dtype=torch.float64).log().expand(*mask.shape, 2).clone()
     old = -1 - padded(log_ratios)
     ones = torch.ones_like(old)
-    return Batch(logits, torch.zeros_like(mask, dtype=torch.long), padded(advantages), mask, old, ones * (ref - 1), ones,
-                 ones[:, 0], None)  # fmt: skip
+    tokens = torch.zeros_like(mask, dtype=torch.long)
+    return Batch(logits, tokens, padded(advantages), mask, old, ones * (ref - 1), ones, ones[:, 0], None)
 
 
 def numbers(result) -> Tensor:
@@ -652,7 +660,8 @@ def dual_clip_is_always_on() -> Different:
     r = math.exp(1.5)
     return Different(
         **both(small([[1.5]], [[-1.0]]), actor(), PRESETS["grpo"]), by_their_rule=[3, 0], by_definition=[r, r],
-        setting="loss_mode='vanilla'", why="its dual clip cannot be switched off, only be set high",
+        setting="loss_mode='vanilla', A < 0, a ratio above clip_ratio_c",
+        why="its dual clip cannot be switched off, only be set high",
     )  # fmt: skip
 
 
@@ -705,7 +714,7 @@ def geo_mean_leaves_tokens_of_no_advantage_out() -> Different:
         **both(small([[0.1, 0.2]], [[1.0, 0.0]]), GEO_MEAN, PRESETS["gmpo"]),
         by_their_rule=[-without / 2, -without / 4, 0], by_definition=[-r / 2, -r / 4, -r / 4],
         setting="loss_mode='geo_mean', some tokens of a response with advantage 0",
-        why="the ratio of such a token counts as 1; here it is one of the response's. The paper has one advantage for all",
+        why="the ratio of such a token counts as 1; here it counts. The paper has one advantage for all of them",
     )  # fmt: skip
 
 
@@ -733,13 +742,16 @@ def geo_mean_takes_the_geometric_mean_of_rollout_weights() -> Different:
 
 
 @different
-def clip_cov_overflows() -> Different:
+def ratios_of_clip_cov_and_kl_cov_overflow() -> Different:
     batch = small([[800.0, 0.0]], [[0.0, 1.0]])
+    own = [replace(PRESETS["clip_cov"], hyper={}), PolicyLossConfig(objective="kl_cov", hyper={"coef": 0.0})]
+    pairs = [both(batch, actor(c.objective, loss={"ppo_kl_coef": 0.0}), c) for c in own]
     return Different(
-        **both(batch, actor("clip_cov"), replace(PRESETS["clip_cov"], hyper={})),
-        by_their_rule=[math.nan, math.nan, -0.5], by_definition=[-0.5, 0, -0.5],
         setting="loss_mode='clip_cov' or 'kl_cov', advantage 0 and a ratio that overflows",
-        why="NaN, as the log-ratio has no limit there; a token of advantage 0 has a loss of 0 here",
+        arguments="objective='clip_cov' or 'kl_cov'",
+        why="NaN, as the log-ratio has no limit there; 0 times a finite ratio here",
+        theirs=torch.cat([pair["theirs"] for pair in pairs]), by_their_rule=2 * [math.nan, math.nan, -0.5],
+        ours=torch.cat([pair["ours"] for pair in pairs]), by_definition=2 * [-0.5, 0, -0.5],
     )  # fmt: skip
 
 
@@ -922,18 +934,16 @@ def test_different(function):
     assert not close(found.theirs, found.by_definition)
 
 
-@pytest.mark.parametrize("kind", NO_PENALTY)
-def test_penalties_without_a_counterpart(kind):
-    batch = small([[0.0]], [[0.0]], ref=0.5)
-    with pytest.raises(ValueError, match="kl_estimator must be one of"):
-        PolicyLossConfig(kl_estimator=kind)
-    config = actor(use_kl_loss=True, kl_loss_type=kind, kl_loss_coef=1.0)
-    if kind == "full":
-        with pytest.raises(NotImplementedError):
-            theirs(batch, config)
-    else:
-        expected = [0.5, -1.0] if kind == "abs" else [0.5, -0.5]
-        assert numbers(theirs(batch, config)).tolist() == pytest.approx(expected)
+@pytest.mark.xfail(raises=ValueError, strict=True, reason="no kl_estimator is |d|, or has the gradient of another")
+@pytest.mark.parametrize("kind", ["abs", "abs+", *STRAIGHT_THROUGH])
+def test_penalties_that_are_not_here(kind):
+    expected, got = kl_pair(kind, "token-mean", own=kind)
+    assert difference(got, expected) < TOLERANCE
+
+
+def test_the_penalty_that_verl_has_not_either():
+    with pytest.raises(NotImplementedError):
+        kl_pair("full", "token-mean")
 
 
 # ---- in words
@@ -963,9 +973,8 @@ def table() -> list[Row]:
         own += " divided by its mean" if mean_one else ""
         rows.append((words(given), own, outcome(weights_error(level, threshold, mean_one))))
     for kind, level in REJECTIONS.items():
-        found = "equal to the token" if rejections_that_differ(kind) == 0 else "differs"
         own = f"mask=rollout_correction(level={level!r}, mode='mask', low=1 / upper, high=1 / lower) != 0"
-        rows.append((f"rollout_rs={kind!r}", own, found))
+        rows.append((f"rollout_rs={kind!r}", own, outcome(rejections_that_differ(kind))))
     others = sorted(rollout_corr_helper.SUPPORTED_ROLLOUT_RS_OPTIONS - set(REJECTIONS))
     rows += [(f"rollout_rs={kind!r}", "mask=verl's", "differs: no such rejection here") for kind in others]
     rows.append(("RolloutCorrectionConfig.decoupled_seq_is_rs", "rollout_weights and mask", outcome(corrected_error())))
