@@ -1,6 +1,6 @@
 # make demo    warm start, two RL runs, a table and a figure      make test    everything, as CI does
 # make check   the quick subset of the tests                       make lint    style          make clean
-# make test-oldest-triton    the kernels' tests with Triton 3.6
+# make test-oldest-triton    the kernels' tests with Triton 3.6      make test-verl    against verl itself
 # make gpu     on a machine with a GPU, with its own Python and no network: tests, validation, benchmarks, results in OUT
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,10 +13,11 @@ OUT ?= bench/results
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 OLDEST_TRITON := $(VENV)/oldest-triton
+VERL := $(VENV)/verl
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,advantages linear_policy_loss metrics objectives policy_loss \
 	qae_dapo_loss token_stats))
 
-.PHONY: demo test test-oldest-triton check lint clean install gpu
+.PHONY: demo test test-oldest-triton test-verl check lint clean install gpu
 
 install: $(INSTALLED)
 
@@ -42,6 +43,17 @@ test-oldest-triton: $(OLDEST_TRITON)
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" \
 		-W ignore::DeprecationWarning $(KERNEL_TESTS)
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/test_codegen.py
+
+# verl wants an older transformers. torch is named again, so that nothing brings another one.
+$(VERL)/installed: constraints-verl.txt Makefile
+	$(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -m pip install --quiet $(TORCH)
+	$(VERL)/bin/python -c "import triton" 2>/dev/null || $(VERL)/bin/python -m pip install --quiet $(TRITON)
+	$(VERL)/bin/python -m pip install --quiet --constraint constraints-verl.txt verl pytest $(firstword $(TORCH))
+	touch $@
+
+test-verl: $(VERL)/installed
+	PYTHONPATH=. $(VERL)/bin/python -m pytest tests/test_parity_verl.py tests/test_parity_advantages.py
 
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
