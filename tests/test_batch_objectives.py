@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 import triton
+import triton.language as tl
 from cases import LAYOUTS, assert_same, make_batch, optional_arguments, reference, run
 from head_cases import assert_head_right, make_head_case, run_head
 from tolerances import assert_bitwise
@@ -368,34 +369,45 @@ def test_rollout_correction(low, high, layout, level, mode):
 # ---- a user's own objective
 
 
-def dro(log_ratio, logprobs, advantages, *, beta=0.1):
-    """Direct reward optimisation (arXiv 2405.19107): no clip, a quadratic pull back to the old policy."""
-    return -(advantages * logprobs - 0.5 * beta * log_ratio**2)
+def faded(log_ratio, logprobs, advantages, *, width=0.5):
+    """REINFORCE whose tokens count less the further they have drifted from the policy that sampled."""
+    return -(-log_ratio.abs() / width).exp().detach() * advantages * logprobs
 
 
 @triton.jit
-def dro_fused(log_ratio, logprob, advantage, hyper):
-    beta = hyper[0]
-    return -(advantage * logprob - 0.5 * beta * log_ratio * log_ratio), -(advantage - beta * log_ratio)
+def faded_fused(log_ratio, logprob, advantage, hyper):
+    width = hyper[0]
+    weight = tl.exp(-tl.abs(log_ratio) / width) * advantage
+    return -weight * logprob, -weight
+
+
+def pull(log_ratio, logprobs, advantages, *, beta=1.0):
+    """Back to the old policy, whatever the advantage."""
+    return beta * log_ratio**2
+
+
+@triton.jit
+def pull_fused(log_ratio, logprob, advantage, hyper):
+    return hyper[0] * log_ratio * log_ratio, 2 * hyper[0] * log_ratio
 
 
 @pytest.fixture(params=["PyTorch only", "with a Triton twin"])
 def own_objective(request):
-    fused = dro_fused if request.param == "with a Triton twin" else None
-    register_objective("dro", dro, fused=fused)
-    yield "dro"
-    del OBJECTIVES["dro"]
+    fused = faded_fused if request.param == "with a Triton twin" else None
+    register_objective("faded", faded, fused=fused)
+    yield "faded"
+    del OBJECTIVES["faded"]
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_own_objective(own_objective, beta, backend, device):
-    config = PolicyLossConfig(objective=own_objective, hyper={"beta": beta})
+@pytest.mark.parametrize("width", [0.1, 0.7])
+def test_own_objective(own_objective, width, backend, device):
+    config = PolicyLossConfig(objective=own_objective, hyper={"width": width})
     batch = make_batch(57, device=device)
     advantages, keywords = optional_arguments(batch)
     got = run(batch, advantages, config, backend=backend, **keywords)
     logits = batch.logits.double().requires_grad_()
     logprobs = torch.log_softmax(logits, -1).gather(-1, batch.tokens[:, None])[:, 0]
-    losses = dro(logprobs - batch.old_logprobs, logprobs, advantages, beta=beta)
+    losses = faded(logprobs - batch.old_logprobs, logprobs, advantages, width=width)
     credit = batch.mask & (advantages != 0)
     loss = losses[credit].sum() / batch.mask.sum()
     loss.backward()
@@ -404,7 +416,7 @@ def test_own_objective(own_objective, beta, backend, device):
 
 
 def test_own_objective_from_hidden_states(own_objective, backend, device):
-    config = PolicyLossConfig(objective=own_objective, hyper={"beta": 0.3})
+    config = PolicyLossConfig(objective=own_objective, hyper={"width": 0.3})
     case = make_head_case(57, device=device)
     advantages, keywords = optional_arguments(case.batch)
     got = run_head(case, advantages, config, backend=backend, max_chunk_bytes=2500, **keywords)
@@ -413,8 +425,7 @@ def test_own_objective_from_hidden_states(own_objective, backend, device):
 
 def test_own_objective_that_moves_tokens_without_credit(device, backend):
     """skips_zero_advantage=False: nothing is skipped, on either path."""
-    register_objective("pull", lambda log_ratio, logprobs, advantages, *, beta=1.0: beta * log_ratio**2,
-                       fused=dro_fused, skips_zero_advantage=False)  # fmt: skip
+    register_objective("pull", pull, fused=pull_fused, skips_zero_advantage=False)
     try:
         config = PolicyLossConfig(objective="pull")
         batch = make_batch(57, device=device)
@@ -431,8 +442,8 @@ def test_own_objective_that_moves_tokens_without_credit(device, backend):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("clip", dro), "name must not be that of an objective of the package; got 'clip'"),
-        (("", dro), "name must be a string that is not empty"),
+        (("clip", faded), "name must not be that of an objective of the package; got 'clip'"),
+        (("", faded), "name must be a string that is not empty"),
         (("mine", 3), "function must be callable; got 3"),
         (("mine", lambda a, b, c, *, speed: a), "speed of <lambda> has neither"),
         (("mine", lambda a, b, c, *, speed="fast": a), "must be one of eps_low, eps_high, dual_clip or have a number"),

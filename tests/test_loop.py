@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import random
-from itertools import islice
+from itertools import islice, pairwise
 from typing import get_args
 
 import pytest
@@ -19,6 +19,7 @@ from integration.rewards import outcome, verify
 from integration.rollout import sample
 from integration.update import recompute_logprobs, update_policy
 from integration.warm_start import warm_start
+from qae_kernels import PRESETS as LOSSES
 from qae_kernels import PolicyLossConfig, group_advantages, ops
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
 from qae_kernels.rows import Rows
@@ -341,6 +342,52 @@ def test_triton_and_pytorch_paths_give_the_same_metrics(start, tmp_path):
             if not key.startswith("seconds"):
                 same = a[key] == b[key] if a[key] is None else a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
                 assert same, (key, a[key], b[key])
+
+
+@pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"dapo"}))
+def test_other_losses_run(start, tmp_path, loss):
+    """Through the whole loop; `tests/test_packing.py` compares their gradients with those of a dense step."""
+    first, last, _ = report.read(run(start, tmp_path, name="loss", steps=2, loss=loss))
+    assert first["updates"] > 0 and first["grad_norm"] > 0 and last["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.4, 0.4, 0.4]),
+        ({"k_end": 0.6}, [0.4, 0.5, 0.6]),
+        ({"k_end": 0.6, "k_schedule": "cosine"}, [0.4, 0.5, 0.6]),
+        ({"k_end": 0.6, "k_schedule": "two_phase"}, [0.4, 0.4, 0.6]),
+    ],
+)
+def test_k_follows_its_schedule(start, tmp_path, monkeypatch, settings, expected):
+    seen = []
+    compute = train.group_advantages
+    monkeypatch.setattr(train, "group_advantages", lambda *a, k, **kw: seen.append(k) or compute(*a, k=k, **kw))
+    *steps, _ = report.read(run(start, tmp_path, name="k", **settings))
+    assert seen == [r["k"] for r in steps] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("target", "direction"), [(9.0, 1), (1e-3, -1)])
+def test_k_follows_the_entropy(start, tmp_path, target, direction):
+    """Up where the entropy is below the target, down where it is above."""
+    *steps, _ = report.read(run(start, tmp_path, name="k", entropy_target=target))
+    ks = [r["k"] for r in steps]
+    assert ks[0] == 0.4 and all((b - a) * direction > 0 for a, b in pairwise(ks))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "ppo2"}, "loss must be one of dapo, .*; got 'ppo2'"),
+        ({"k_end": 0.5, "entropy_target": 0.3}, "two ways to set K"),
+        ({"k_end": 1.5}, "k_end must be a number strictly between 0 and 1; got 1.5"),
+        ({"eps_low": -0.1}, "eps_low must be >= 0; got -0.1"),
+    ],
+)
+def test_settings_of_loss_and_k_that_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **settings)
 
 
 @pytest.mark.parametrize("baseline", ["opo", "passk", "median", "pos_mask", "neg_mask"])

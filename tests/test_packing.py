@@ -29,7 +29,7 @@ from integration import packing
 from integration.config import TrainConfig
 from integration.packing import hidden_states, output_head, pack, use_packed_attention
 from integration.rollout import Rollout
-from integration.update import policy_gradient, recompute_logprobs, sum_gradients, update_policy
+from integration.update import policy_gradient, recompute_logprobs, select, sum_gradients, update_policy
 from qae_kernels import PRESETS, group_advantages, linear_token_logprobs, plan_credit, token_weights
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
 from qae_kernels.rows import Rows
@@ -274,7 +274,12 @@ CONFIGS = {
     **{name: dataclasses.replace(DAPO, aggregation=name) for name in AGGREGATIONS},
     "kl": dataclasses.replace(PRESETS["grpo"], kl_coef=0.04),
     "entropy": dataclasses.replace(DAPO, entropy_coef=0.01),
+    "gspo": dataclasses.replace(PRESETS["gspo"], eps_low=0.01, eps_high=0.02),
+    "clip_cov": dataclasses.replace(PRESETS["clip_cov"], hyper={"share": 0.1, "low": -9.0, "high": 9.0}),
+    "kl_cov": dataclasses.replace(PRESETS["kl_cov"], hyper={"share": 0.1}),
+    "top_entropy": PRESETS["top_entropy"],
 }
+BEYOND_THE_TOKEN = ("gspo", "clip_cov", "kl_cov", "top_entropy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,10 +307,14 @@ class Case:
         draw = torch.Generator().manual_seed(1)
         return model, rollout, advantages, rollout.logprobs + 0.2 * torch.randn(B, RESPONSE, generator=draw)
 
+    def selected(self, rollout, advantages):
+        """(config of the loss, which tokens it acts on)."""
+        return select(rollout, advantages, CONFIGS[self.config])
+
     def plan(self, rollout, advantages, world_size=1):
         return plan_credit(
             advantages, rollout.lengths, prompt_lengths=rollout.prompt_lengths, max_tokens=self.max_tokens,
-            world_size=world_size, config=CONFIGS[self.config],
+            world_size=world_size, config=self.selected(rollout, advantages)[0],
         )  # fmt: skip
 
     def sparse(self, rank=0, world_size=1):
@@ -313,20 +322,24 @@ class Case:
         model, rollout, advantages, ref = self.make()
         model.zero_grad()
         plan = self.plan(rollout, advantages, world_size)
-        stats = policy_gradient(model, rollout, advantages, plan, rank, ref_logprobs=ref, backend="torch")
+        stats = policy_gradient(
+            model, rollout, advantages, plan, rank, ref_logprobs=ref, backend="torch",
+            selection=self.selected(rollout, advantages)[1],
+        )  # fmt: skip
         return stats.as_dict(), gradients(model)
 
     def dense(self):
         """Gradients of all parameters: all responses padded, all logits, the reference loss of the whole batch."""
         model, rollout, advantages, ref = self.make()
         logits, mask = padded_logits(model, rollout, torch.arange(B))
-        config, dtype = CONFIGS[self.config], logits.dtype
+        (config, selection), dtype = self.selected(rollout, advantages), logits.dtype
         weights = token_weights(mask, config.aggregation, loss_scale_factor=config.loss_scale_factor, dtype=dtype)
         loss, *_ = reference_policy_loss(
             logits,
             Rows(
                 rollout.response_ids, weights, advantages[:, None].expand(mask.shape).to(dtype),
-                rollout.logprobs.to(dtype), ref.to(dtype),
+                rollout.logprobs.to(dtype), ref.to(dtype), **selection,
+                cu_seqlens=torch.arange(B + 1) * mask.shape[1],
             ),
             config=config,
         )  # fmt: skip
@@ -358,6 +371,7 @@ STEPS = [
 ]
 STEPS += [Case(max_tokens=17, config=name) for name in AGGREGATIONS]
 STEPS += [Case(config=name, dtype=dtype) for name, dtype in product(PENALTIES, TOLERANCE)]
+STEPS += [Case(config=name, max_tokens=tokens) for name, tokens in product(BEYOND_THE_TOKEN, MAX_TOKENS)]
 STEPS += [Case(credit="one")]
 
 
@@ -365,7 +379,7 @@ STEPS += [Case(credit="one")]
 def test_gradients_of_the_sparse_step_are_those_of_the_dense_one(case):
     _, rollout, advantages, _ = case.make()
     plan = case.plan(rollout, advantages)
-    if case.config in PENALTIES:
+    if case.config in (*PENALTIES, "clip_cov", "kl_cov"):
         assert len(plan.responses) == B
     elif case.credit == "quantile":
         assert 3 <= len(plan.responses) == int((advantages != 0).sum()) <= B // 2, "want credit and none"
@@ -421,6 +435,7 @@ def test_logprobs_are_recomputed_for_responses_with_credit_only():
 TWO_RANKS = [
     Case(k, max_tokens, tied) for k, max_tokens, tied in product((0.2, 0.4, 0.6, 0.8), MAX_TOKENS, (True, False))
 ]
+TWO_RANKS += [Case(config=name) for name in BEYOND_THE_TOKEN]
 TWO_RANKS += [Case(k, dtype=torch.float32) for k in (0.2, 0.8)]
 TWO_RANKS += [Case(config="kl"), Case(credit="one"), Case(credit="one", tied=False)]
 
