@@ -31,7 +31,7 @@ class Same:
     @property
     def name(self) -> str:
         options = [f"{name}={value}" for name, value in self.options.items()]
-        return ", ".join([self.estimator, *options, *(["responses of equal length"] if self.tokens == 1 else [])])
+        return ", ".join([self.estimator, *options, *(["responses of one token"] if self.tokens == 1 else [])])
 
     @property
     def arguments(self) -> str:
