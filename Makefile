@@ -1,6 +1,7 @@
 # make demo    warm start, two RL runs, a table and a figure      make test    everything, as CI does
 # make check   the quick subset of the tests                       make lint    style          make clean
 # make test-oldest-triton    the kernels' tests with Triton 3.6      make test-verl    against verl itself
+# make parity  docs/parity.md anew: losses and estimators beside TRL, Liger and verl
 # make gpu     on a machine with a GPU, with its own Python and no network: tests, validation, benchmarks, results in OUT
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,10 +15,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 OLDEST_TRITON := $(VENV)/oldest-triton
 VERL := $(VENV)/verl
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,advantages linear_policy_loss metrics objectives policy_loss \
-	qae_dapo_loss token_stats))
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,advantages batch_objectives linear_policy_loss metrics objectives \
+	policy_loss qae_dapo_loss token_stats))
 
-.PHONY: demo test test-oldest-triton test-verl check lint clean install gpu
+.PHONY: demo test test-oldest-triton test-verl parity check lint clean install gpu
 
 install: $(INSTALLED)
 
@@ -54,6 +55,12 @@ $(VERL)/installed: constraints-verl.txt Makefile
 
 test-verl: $(VERL)/installed
 	PYTHONPATH=. $(VERL)/bin/python -m pytest tests/test_parity_verl.py tests/test_parity_advantages.py
+
+# What the parity tests find, as tables: docs/parity.md
+parity: $(INSTALLED) $(VERL)/installed
+	$(BIN)/python docs/run_parity.py
+	$(VERL)/bin/python docs/run_parity.py
+	$(BIN)/python docs/generate.py
 
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"

@@ -24,7 +24,8 @@ HEADS = {"plain": {}, "all": {"bias": True, "logit_scale": 1.7, "logit_softcap":
 LOSSES = [  # (config, layout, entropy, dtype)
     ("dapo", "packed", "all", torch.float32), ("grpo", "padded", "active", torch.float32),
     ("everything", "padded", "all", torch.float32), ("dapo", "packed", "none", torch.float64),
-    ("entropy", "packed", "all", torch.bfloat16),
+    ("entropy", "packed", "all", torch.bfloat16), ("everything of responses", "packed", "active", torch.float32),
+    ("several clip_cov", "padded", "all", torch.float32), ("gmpo", "padded", "active", torch.float32),
 ]  # fmt: skip
 
 
