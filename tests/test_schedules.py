@@ -161,8 +161,8 @@ RESPONSES = {
 
 @pytest.mark.parametrize("respond", RESPONSES.values(), ids=RESPONSES.keys())
 def test_it_reaches_the_target_and_stays(respond):
-    entropies, levels = simulate(EntropyTargetK(0.5), respond)
-    assert max(abs(entropy - 0.5) for entropy in entropies[300:]) < 0.03
+    entropies, levels = simulate(EntropyTargetK(0.5), respond, steps=800)
+    assert max(abs(entropy - 0.5) for entropy in entropies[500:]) < 0.03
     assert all(0.2 <= k <= 0.8 for k in levels)
     assert max(abs(a - b) for a, b in pairwise(levels)) <= 0.02 + 1e-15
 
