@@ -217,7 +217,7 @@ class DifficultyK:
 
         weight    <- decay weight + 1
         successes <- decay successes + success rate of the group          when a prompt is seen
-        K = (prior_weight k + weight k_hard + successes (k_easy - k_hard)) / (prior_weight + weight)
+        K = (prior_weight k + (weight - successes) k_hard + successes k_easy) / (prior_weight + weight)
 
     k_hard, k_easy: K of a prompt that was never, or always, solved. k: of one never seen. Strictly between 0 and 1.
     prior_weight: how many groups k counts as; with 0 a prompt's first group decides alone.
@@ -251,9 +251,8 @@ class DifficultyK:
         weight, successes = self._history.get(prompt, (0.0, 0.0))
         if self.prior_weight + weight == 0:
             return self.k
-        total = self.prior_weight * self.k + weight * self.k_hard + successes * (self.k_easy - self.k_hard)
-        k = total / (self.prior_weight + weight)
-        return _clip(k, min(self.k, self.k_hard, self.k_easy), max(self.k, self.k_hard, self.k_easy))
+        total = self.prior_weight * self.k + (weight - successes) * self.k_hard + successes * self.k_easy
+        return total / (self.prior_weight + weight)
 
     def update(self, prompt_ids: Sequence[str | int], success_rates: Sequence[float] | Tensor) -> None:
         """Takes the success rate, in [0, 1], of one group of each prompt, such as `Advantages.success_rate`.

@@ -87,8 +87,9 @@ def test_a_far_mean_does_not_cost_the_variance(device):
 def test_equal_values_are_exactly_zero(baseline, eps, device):
     for value in (0.7, 0.0, -1e-30, 1e30):
         for size in (1, 2, 3, 7, 100):
-            got = quantile_whiten(torch.full((size,), value, device=device), baseline=baseline, eps=eps)
-            assert (got == 0).all()
+            for dtype in (torch.float32, torch.float64):
+                values = torch.full((size,), value, dtype=dtype, device=device)
+                assert (quantile_whiten(values, baseline=baseline, eps=eps) == 0).all()
     nothing = quantile_whiten(torch.ones(3, 2, device=device), torch.zeros(3, 2, device=device), eps=eps)
     assert nothing.shape == (3, 2) and (nothing == 0).all()
     assert quantile_whiten(torch.zeros(0, 4, device=device), baseline=baseline, eps=eps).shape == (0, 4)
