@@ -1,7 +1,7 @@
 """Every number of docs/theory.md: `python docs/theory.py` rewrites its marked blocks and draws its figures.
 
-`--check` writes nothing and exits with 1 where the committed text differs. Sums over success counts, groups and responses
-are exact (float64); only section 5 simulates, with fixed seeds. Advantages are the package's own throughout.
+`--check` writes nothing and exits with 1 where the committed text differs. Sums over success counts, groups and
+responses are exact (float64); only section 5 simulates, with fixed seeds. Advantages are the package's own throughout.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from itertools import combinations_with_replacement, product
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from qae_kernels import group_advantages, quantile_advantages
 TEXT = Path(__file__).with_suffix(".md")
 FIGURES = Path(__file__).parent / "figures"
 LEVELS = (0.2, 0.4, 0.6, 0.8)
-BASELINES = {"mean": dict(baseline="mean")} | {f"K = {k}": dict(baseline="quantile", k=k) for k in LEVELS}
+BASELINES = {"mean": {"baseline": "mean"}} | {f"K = {k}": {"baseline": "quantile", "k": k} for k in LEVELS}
+QUANTILES = list(BASELINES)[1:]
 CLIP = (0.2, 0.28)  # of DAPO, arXiv 2503.14476
 
 
@@ -58,16 +60,16 @@ def easy_from(group_size: int, k: float) -> int:
     return int(baselines_by_count(group_size, k).argmax())
 
 
-def advantages_by_count(group_size: int, **baseline) -> tuple[Tensor, Tensor]:
+def advantages_by_count(group_size: int, **baseline) -> Tensor:
+    """[G + 1, G]: the advantages of `all_counts`, successes first in every row."""
+    result = group_advantages(all_counts(group_size), group_size, **baseline)
+    return result.advantages.view(group_size + 1, group_size).double()
+
+
+def success_and_failure(group_size: int, **baseline) -> tuple[Tensor, Tensor]:
     """Advantage of a success in a group with 1..G successes, and of a failure in one with 0..G-1; [G] each."""
-    result = group_advantages(all_counts(group_size), group_size, **baseline).advantages.double()
-    by_count = result.view(group_size + 1, group_size)
-    return by_count[1:, 0], by_count[:-1, -1]
-
-
-def share_by_count(group_size: int, **baseline) -> Tensor:
-    """[G + 1]: share of the responses of a group with s successes that get an advantage other than 0."""
-    return group_advantages(all_counts(group_size), group_size, **baseline).active.view(group_size + 1, -1).double().mean(1)
+    advantages = advantages_by_count(group_size, **baseline)
+    return advantages[1:, 0], advantages[:-1, -1]
 
 
 def binomial(n: int, p: Tensor | float) -> Tensor:
@@ -89,9 +91,9 @@ def beta_binomial(n: int, a: float, b: float) -> Tensor:
 def active_share(counts: Tensor, *, kept: bool = False, **baseline) -> float:
     """Expected share of non-zero advantages; counts [G + 1]: distribution of the success count.
 
-    kept: of the groups that dynamic sampling keeps, those with neither 0 nor G successes.
+    kept: of the groups that dynamic sampling keeps, those with neither 0 nor G successes (the others have share 0).
     """
-    share = counts @ share_by_count(len(counts) - 1, **baseline)  # a group of equal rewards has share 0
+    share = counts @ (advantages_by_count(len(counts) - 1, **baseline) != 0).double().mean(1)
     return float(share / counts[1:-1].sum() if kept else share)
 
 
@@ -110,8 +112,8 @@ def block_gate() -> str:
     total = len(levels) * sum(g + 1 for g in more)
     return (
         table(["G", *(f"easy from, K = {k}" for k in LEVELS)], rows)
-        + f"\n\nThe rank must be formed in integers: in floating point `s / G <= 1 - K` decides otherwise in {wrong} of the "
-        f"{total} cases with G in {{{', '.join(map(str, more))}}} and K = 0.1, 0.2, ... 0.9."
+        + "\n\nThe rank must be formed in integers: in floating point `s / G <= 1 - K` decides otherwise in "
+        f"{wrong} of the {total} cases with G in {{{', '.join(map(str, more))}}} and K = 0.1, 0.2, ... 0.9."
     )
 
 
@@ -140,10 +142,10 @@ def block_share() -> str:
     uniform = ((1 - 0.4) ** 2 + 0.4**2) / 2
     return (
         table(["p distributed as", *BASELINES, "K = 0.4, kept groups"], rows)
-        + f"\n\nFor p uniform and G without bound it is ((1 - K)² + K²)/2, {uniform:.0%} at K = 0.4. About 20% at K = 0.4 and "
-        f"G = 16 takes extreme prompts: Beta(a, a) with a = {fifth:.2f}, or easy ones, Beta(a, 1) with a = {skewed:.1f} "
-        f"(mean p = {skewed / (skewed + 1):.2f}). Of the groups that dynamic sampling keeps, no Beta(a, a) gets below "
-        f"{least:.0%} (a to 0)."
+        + f"\n\nFor p uniform and G without bound it is ((1 - K)² + K²)/2, {uniform:.0%} at K = 0.4. About 20% at "
+        f"K = 0.4 and G = 16 takes extreme prompts: Beta(a, a) with a = {fifth:.2f}, or easy ones, Beta(a, 1) with "
+        f"a = {skewed:.1f} (mean p = {skewed / (skewed + 1):.2f}). Of the groups that dynamic sampling keeps, "
+        f"Beta(a, a) leaves {least:.0%} in the limit of a = 0, and more for every a of the table."
     )
 
 
@@ -157,7 +159,7 @@ def block_flips() -> str:
 def draw_gate() -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for k, width in zip(LEVELS, (7, 5, 3, 1), strict=True):  # where they agree, the later ones lie on the earlier
-        success, failure = advantages_by_count(16, k=k)  # one of the two is 0
+        success, failure = success_and_failure(16, k=k)  # one of the two is 0
         left.plot(range(1, 16), success[:-1] + failure[1:], linewidth=width, label=f"K = {k}")
     left.axhline(0, color="black", linewidth=0.6)
     left.set(xlabel="successes of 16", ylabel="the advantage that is not 0", title="Who gets credit")
@@ -242,15 +244,17 @@ NEARLY_UNIFORM = f64([0.51, 0.49])
 def block_error() -> str:
     etas = (0.05, 0.1, 0.2, 0.4, 0.8)
     errors = [largest_error(eta) for eta in etas]
-    rows = [["largest error", *(f"{error:.1e}" for error in errors)],
-            ["divided by eta²", *(f"{error / eta**2:.4f}" for error, eta in zip(errors, etas, strict=True))]]  # fmt: skip
+    rows = [
+        ["largest error", *(f"{error:.1e}" for error in errors)],
+        ["divided by eta²", *(f"{error / eta**2:.4f}" for error, eta in zip(errors, etas, strict=True))],
+    ]
     steps = uncentred_step(NEARLY_UNIFORM, f64([0, 1]), f64([0, 1]))
     exact, line = entropy_change(NEARLY_UNIFORM, 0.2 * steps), first_order(NEARLY_UNIFORM, 0.2 * steps)
     return (
         table(["eta", *etas], rows)
-        + "\n\nThe exact change need not be monotone. Two responses of probability 0.51 (failure) and 0.49 (success), eta = 0.2: "
-        f"from b = 0 to b = 1 the first order rises from {line[0]:+.5f} to {line[1]:+.5f}, the exact change falls from "
-        f"{exact[0]:+.5f} to {exact[1]:+.5f}."
+        + "\n\nThe exact change need not be monotone. Two responses of probability 0.51 (failure) and 0.49 (success), "
+        f"eta = 0.2: from b = 0 to b = 1 the first order rises from {line[0]:+.5f} to {line[1]:+.5f}, the exact change "
+        f"falls from {exact[0]:+.5f} to {exact[1]:+.5f}."
     )
 
 
@@ -261,9 +265,8 @@ def draw_entropy() -> None:
         for eta, color in ((0.2, "C0"), (1.0, "C1")):
             step = eta * uncentred_step(POLICY, rewards, grid)
             axis.plot(grid, entropy_change(POLICY, step) / eta, color=color, label=f"exact, eta = {eta}")
-            gradient = eta * gradient_step(POLICY, rewards, grid)
-            label = "exact gradient step" if eta == 1 else None
-            axis.plot(grid, entropy_change(POLICY, gradient) / eta, color="C2", alpha=0.5 + 0.5 * (eta == 1), label=label)
+        gradient = gradient_step(POLICY, rewards, grid)
+        axis.plot(grid, entropy_change(POLICY, gradient), color="C2", label="exact gradient step, eta = 1")
         axis.plot(grid, first_order(POLICY, step), color="black", linestyle=":", label="first order")
         axis.set(xlabel="baseline b", ylabel="entropy change / eta (nats)", title=name)
     etas = np.logspace(-3, 0, 13)
@@ -288,15 +291,14 @@ def largest_gradient_difference() -> float:
 
 def multiplier(group_size: int, p: Tensor | float, **baseline) -> Tensor:
     """c with E[gradient of a group] = c * gradient of p: E[A+(s + 1) - A-(s)], s the successes among G - 1 others."""
-    success, failure = advantages_by_count(group_size, **baseline)
+    success, failure = success_and_failure(group_size, **baseline)
     return binomial(group_size - 1, p) @ (success - failure)
 
 
 def noise(group_size: int, p: Tensor | float, **baseline) -> Tensor:
     """E[mean of A²] / c²: variance of a group's gradient over its expectation squared, up to a factor of p alone, in
     the limit of many responses of small probability each."""
-    result = group_advantages(all_counts(group_size), group_size, **baseline).advantages.double()
-    squares = result.view(group_size + 1, group_size).square().mean(1)
+    squares = advantages_by_count(group_size, **baseline).square().mean(1)
     return binomial(group_size, p) @ squares / multiplier(group_size, p, **baseline) ** 2
 
 
@@ -319,14 +321,14 @@ def block_invariance() -> str:
 
 
 def block_multipliers() -> str:
-    names = list(BASELINES)[1:]
+    names = QUANTILES
     rows = relative_rows(multiplier, 16, names)
     rows += [row for g in (8, 64) for row in relative_rows(multiplier, g, ["K = 0.4"])]
     return table(["c relative to the mean baseline, p =", *RATES], rows)
 
 
 def block_noise() -> str:
-    rows = relative_rows(noise, 16, list(BASELINES)[1:])
+    rows = relative_rows(noise, 16, QUANTILES)
     rows += [row for g in (8, 64) for row in relative_rows(noise, g, ["K = 0.4"])]
     return table(["variance relative to the mean baseline, p =", *RATES], rows)
 
@@ -352,8 +354,8 @@ SEQUENCE_SUCCESSES = torch.tensor([0, 1, 0, 0, 1, 1, 0, 0, 0], dtype=torch.float
 
 def expected_gradient(
     old: Tensor, new: Tensor, group_size: int, clip: tuple[float, float] | None, **baseline
-) -> Tensor:  # fmt: skip
-    """[12]: E over all 9^G groups drawn from `old` of the gradient at `new` of the mean of sum_t min(r A, clip(r) A)."""
+) -> Tensor:
+    """[12]: the gradient at `new` of the mean of sum_t min(r A, clip(r) A), expected over all 9^G groups from `old`."""
     _, _, rows, tokens = sequence_problem()
     log_old, log_new = old.log_softmax(-1)[rows, tokens], new.log_softmax(-1)[rows, tokens]  # [9, 2]
     ratio = (log_new - log_old).exp()
@@ -381,13 +383,13 @@ def block_directions() -> str:
     for name, (behaviour, clip) in cases.items():
         mean = expected_gradient(behaviour, new, 4, clip, **BASELINES["mean"])
         cells = []
-        for level in list(BASELINES)[1:]:
+        for level in QUANTILES:
             gradient = expected_gradient(behaviour, new, 4, clip, **BASELINES[level])
             angle = math.degrees(math.acos(min(1.0, float(torch.cosine_similarity(mean, gradient, dim=0)))))
             cells.append(f"{angle:.1f}°")
         lines.append([name, *cells])
     return (
-        table(["angle to the mean baseline's expected gradient, G = 4", *list(BASELINES)[1:]], lines)
+        table(["angle to the mean baseline's expected gradient, G = 4", *QUANTILES], lines)
         + f"\n\nToken ratios of the stale policy lie between {ratio.min():.2f} and {ratio.max():.2f}."
     )
 
@@ -416,7 +418,8 @@ def block_sampled_step() -> str:
     for name, rewards in PROMPTS.items():
         for level in ("mean", "K = 0.2", "K = 0.4", "K = 0.8"):
             values = [expected_entropy_change(8, rewards, eta, **BASELINES[level]) for eta in (0.5, 2.0)]
-            rows.append([name, level, f"{values[0][1] / 0.5:+.4f}", *(f"{exact - line:+.4f}" for exact, line in values)])
+            rest = [f"{exact - line:+.4f}" for exact, line in values]
+            rows.append([name, level, f"{values[0][1] / 0.5:+.4f}", *rest])
     head = ["prompt", "baseline", "first order / eta", *(f"rest, eta = {eta:g}" for eta in (0.5, 2.0))]
     return table(head, rows)
 
@@ -436,7 +439,7 @@ REGIMES = {
 
 
 def problems() -> tuple[Tensor, Tensor, Tensor]:
-    """Initial logits and accepted tokens (bool) [seeds, prompts, T, V]; and what prompts share [seeds, prompts, prompts].
+    """Initial logits and accepted tokens (bool), [seeds, prompts, T, V]; what prompts share, [seeds, prompts, prompts].
 
     A response succeeds if each of its tokens is accepted; half of the tokens are, at every position. A gradient at one
     prompt moves the logits of another by the product of their unit features, three numbers each.
@@ -458,7 +461,10 @@ def measure(logits: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample(logits: Tensor, accepted: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [baselines, seeds, prompts, T, G], their logprobs, and the advantages [baselines, seeds, prompts, 1, G]."""
+    """Tokens and their logprobs [baselines, seeds, prompts, T, G], and advantages [baselines, seeds, prompts, 1, G].
+
+    logits [baselines, seeds, prompts, T, V]; uniform [seeds, prompts, T, G], in [0, 1).
+    """
     edges = logits.softmax(-1).cumsum(-1)[..., :-1].contiguous()
     tokens = torch.searchsorted(edges, uniform.expand(*edges.shape[:-1], -1).contiguous())
     rewards = accepted.expand_as(logits).gather(-1, tokens).all(-2)  # [baselines, seeds, prompts, G]
@@ -501,7 +507,8 @@ def simulate(source: str, clip: tuple[float, float] | None, group_size: int) -> 
     logits = start.expand(len(BASELINES), *start.shape).clone()
     rng = np.random.default_rng(group_size)
     size = NUM_PROMPTS // UPDATES
-    history, clipped, credited = [measure(logits, accepted)], 0.0, 0.0
+    history = [measure(logits, accepted)]
+    clipped, credited = torch.zeros(2, len(BASELINES), dtype=torch.float64)
     for _ in range(ROLLOUTS):
         uniform = f64(rng.random((SEEDS, NUM_PROMPTS, LENGTH, group_size)))
         rollout = sample(logits, accepted, uniform) if source == "stale" else None
@@ -516,12 +523,12 @@ def simulate(source: str, clip: tuple[float, float] | None, group_size: int) -> 
                     tokens, old, advantages = sample(logits[:, :, batch], accepted[:, batch], uniform[:, batch])
                 gradient, out = surrogate_gradient(logits[:, :, batch], tokens, old, advantages, clip)
                 gradient /= group_size
-                clipped = clipped + out.double().sum((1, 2, 3, 4))
-                credited = credited + LENGTH * (advantages != 0).double().sum((1, 2, 3, 4))
+                clipped += out.double().sum((1, 2, 3, 4))
+                credited += LENGTH * (advantages != 0).double().sum((1, 2, 3, 4))
             logits += ETA * torch.einsum("sxy,asytv->asxtv", kernel[:, :, batch], gradient)
         history.append(measure(logits, accepted))
     entropies, successes = (torch.stack(values) for values in zip(*history, strict=True))
-    return entropies, successes, torch.as_tensor(clipped) / torch.as_tensor(credited)
+    return entropies, successes, clipped / credited.clamp(min=1)
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -552,61 +559,61 @@ def entropy_at(success: Tensor, entropies: Tensor) -> Tensor:
     return torch.where(above.any(0), take[2] + share * (take[3] - take[2]), math.nan)
 
 
-_runs: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
-
-
+@cache
 def run(regime: str, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    if (regime, group_size) not in _runs:
-        _runs[regime, group_size] = simulate(*REGIMES[regime], group_size)
-    return _runs[regime, group_size]
+    return simulate(*REGIMES[regime], group_size)
+
+
+def comparison(values: Tensor) -> list[str]:
+    """Cells of a table: the mean baseline's, then the quantile levels' difference to it; values [baselines, seeds]."""
+    mean, *levels = values
+    return [with_interval(mean, ""), *(with_interval(level - mean) for level in levels)]
+
+
+COMPARED = ["mean baseline", *(f"{level} less mean" for level in QUANTILES)]
+ON_POLICY, CLIPPED = "1 update per rollout", "16 updates, clip 0.2/0.28"
 
 
 def block_simulation() -> str:
     rows = []
     for regime in REGIMES:
-        entropies, successes, clipped = run(regime, 16)
-        final = entropies[-1]
-        cells = [with_interval(final[0], "")] + [with_interval(level - final[0]) for level in final[1:]]
-        rows.append([regime, *cells, "" if not clipped.ndim or not clipped.sum() else
-                     f"{clipped.min():.1%} to {clipped.max():.1%}"])  # fmt: skip
-    entropies, successes, _ = run("1 update per rollout", 16)
+        entropies, _, clipped = run(regime, 16)
+        share = f"{clipped.min():.1%} to {clipped.max():.1%}" if clipped.any() else ""
+        rows.append([regime, *comparison(entropies[-1]), share])
+    entropies, successes, _ = run(ON_POLICY, 16)
     highest = max(float(run(regime, 16)[0].mean(-1).max()) for regime in REGIMES)
     return (
-        f"Start: entropy {entropies[0].mean():.3f}, success {successes[0].mean():.3f}. Entropy per token after {ROLLOUTS} "
-        "rollouts, G = 16; quantile levels as difference to the mean baseline, paired by seed:\n\n"
-        + table(["regime", "mean baseline", *(f"{level} less mean" for level in list(BASELINES)[1:]), "clipped"], rows)
+        f"Start: entropy {entropies[0].mean():.3f}, success {successes[0].mean():.3f}. Entropy per token after "
+        f"{ROLLOUTS} rollouts, G = 16; quantile levels as difference to the mean baseline, paired by seed; share of "
+        "tokens with credit that were clipped:\n\n"
+        + table(["regime", *COMPARED, "clipped"], rows)
         + f"\n\nThe highest mean entropy of any baseline, regime and rollout is {highest:.3f}: nothing explodes here."
     )
 
 
 def block_success() -> str:
     rows = []
-    for regime in ("1 update per rollout", "16 updates, clip 0.2/0.28"):
+    for regime in (ON_POLICY, CLIPPED):
         entropies, successes, _ = run(regime, 16)
-        last = successes[-1]
-        rows.append([f"success, {regime}", with_interval(last[0], ""), *(with_interval(level - last[0]) for level in last[1:])])
         at = torch.stack([entropy_at(successes[:, i], entropies[:, i]) for i in range(len(BASELINES))])
-        both = ~at.isnan().any(0)
-        rows.append([f"entropy at success {LEVEL_OF_SUCCESS} ({int(both.sum())} seeds), {regime}", with_interval(at[0, both], ""),
-                     *(with_interval(level[both] - at[0, both]) for level in at[1:])])  # fmt: skip
-    return table(["G = 16", "mean baseline", *(f"{level} less mean" for level in list(BASELINES)[1:])], rows)
+        reached = ~at.isnan().any(0)
+        rows.append([f"success, {regime}", *comparison(successes[-1])])
+        name = f"entropy at success {LEVEL_OF_SUCCESS}, {regime} ({int(reached.sum())} seeds reach it)"
+        rows.append([name, *comparison(at[:, reached])])
+    return table(["G = 16", *COMPARED], rows)
 
 
 def block_sizes() -> str:
-    rows = []
-    for g in (8, 16, 64):
-        for regime in ("1 update per rollout", "16 updates, clip 0.2/0.28"):
-            final = run(regime, g)[0][-1]
-            rows.append([g, regime, with_interval(final[0], ""), *(with_interval(level - final[0]) for level in final[1:])])
-    return table(["G", "regime", "mean baseline", *(f"{level} less mean" for level in list(BASELINES)[1:])], rows)
+    rows = [[g, regime, *comparison(run(regime, g)[0][-1])] for g in (8, 16, 64) for regime in (ON_POLICY, CLIPPED)]
+    return table(["G", "entropy, regime", *COMPARED], rows)
 
 
 def draw_simulation() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
-    shown = ("1 update per rollout", "16 updates, not clipped", "16 updates, clip 0.2/0.28")
+    shown = (ON_POLICY, "16 updates, not clipped", CLIPPED)
     for axis, regime in zip(axes, shown, strict=True):
         entropies, _, _ = run(regime, 16)
-        for i, name in enumerate(list(BASELINES)[1:], 1):
+        for i, name in enumerate(QUANTILES, 1):
             bands = [interval(entropies[t, i] - entropies[t, 0]) for t in range(ROLLOUTS + 1)]
             middle, half = (np.array(values) for values in zip(*bands, strict=True))
             axis.plot(middle, label=name, color=f"C{i}")
@@ -628,7 +635,7 @@ def signs(values: list[float], weights: list[float], group_size: int, k: float) 
     probability = (log_ways + counts @ f64(weights).log()).exp()
     rewards = torch.tensor(values)[drawn]
     advantages = quantile_advantages(rewards.flatten(), group_size, k).advantages.view(rewards.shape)
-    return [float(probability @ chosen.double().mean(1)) for chosen in (advantages > 0, advantages == 0, advantages < 0)]
+    return [float(probability @ (advantages.sign() == sign).double().mean(1)) for sign in (1, 0, -1)]
 
 
 def block_rewards() -> str:
@@ -638,29 +645,28 @@ def block_rewards() -> str:
         ["0, ½, 1 equally often", *signs([0.0, 0.5, 1.0], [1 / 3] * 3, 16, 0.4)],
         ["0, ¼, ... 1 equally often", *signs([0.0, 0.25, 0.5, 0.75, 1.0], [0.2] * 5, 16, 0.4)],
     ]
-    distinct = quantile_advantages(torch.arange(16.0), 16, 0.4).advantages
-    rows.append(["16 different ones", *(float(x.double().mean()) for x in (distinct > 0, distinct == 0, distinct < 0))])
-    return table(["reward, K = 0.4, G = 16", "A > 0", "A = 0", "A < 0"], [[r[0], *(f"{x:.1%}" for x in r[1:])] for r in rows])
+    signs_of_distinct = quantile_advantages(torch.arange(16.0), 16, 0.4).advantages.sign()
+    rows.append(["16 different ones", *((signs_of_distinct == sign).double().mean().item() for sign in (1, 0, -1))])
+    cells = [[name, *(f"{share:.1%}" for share in shares)] for name, *shares in rows]
+    return table(["reward, K = 0.4, G = 16", "A > 0", "A = 0", "A < 0"], cells)
 
 
-def overlong(number: int, **arguments) -> tuple[float, list[float]]:
+def overlong(number: int, *, of_outcomes: bool) -> tuple[float, list[float]]:
     """Baseline, and advantages of a success, a plain failure and an overlong failure, 2 successes in a group of 16."""
     outcomes = torch.tensor([1.0] * 2 + [0.0] * 14)
     rewards = outcomes.clone()
     rewards[16 - number :] -= 1  # the whole penalty
-    if arguments.pop("separate"):
-        arguments["outcomes"] = outcomes
-    result = quantile_advantages(rewards, 16, 0.4, **arguments)
+    result = quantile_advantages(rewards, 16, 0.4, outcomes=outcomes if of_outcomes else None)
     return float(result.baseline), result.advantages[[0, 2, 15]].tolist()
 
 
 def block_overlong() -> str:
     rows = []
-    for separate, name in ((False, "of the rewards"), (True, "of the outcomes")):
+    for of_outcomes, name in ((False, "of the rewards"), (True, "of the outcomes")):
         for number in (6, 7):
-            baseline, advantages = overlong(number, separate=separate)
+            baseline, advantages = overlong(number, of_outcomes=of_outcomes)
             rows.append([name, number, f"{baseline:.0f}", *(f"{a:+.2f}" if a else "0" for a in advantages)])
-    head = ["quantile", "overlong failures", "baseline", "A of a success", "A of a plain failure", "A of an overlong failure"]
+    head = ["quantile", "overlong failures", "baseline", "A: success", "A: plain failure", "A: overlong failure"]
     return table(head, rows)
 
 
@@ -678,10 +684,11 @@ DRAWINGS = (draw_gate, draw_entropy, draw_simulation)
 def rewritten(text: str, blocks: dict[str, Callable[[], str]]) -> str:
     """The text with these blocks computed anew."""
     for name, compute in blocks.items():
-        begin, end = f"<!-- theory: {name} -->\n", f"\n<!-- /theory: {name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"expected one block {name!r} in {TEXT.name}; got {text.count(begin)}")
-        text = re.sub(re.escape(begin) + ".*" + re.escape(end), lambda _: begin + compute() + end, text, flags=re.DOTALL)
+        begin, end = f"<!-- theory: {name} -->", f"<!-- /theory: {name} -->"
+        computed = f"{begin}\n{compute()}\n{end}"
+        text, found = re.subn(f"{re.escape(begin)}\n.*?{re.escape(end)}", lambda _: computed, text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"expected one block {name!r} between its marks in {TEXT.name}; got {found}")
     return text
 
 
