@@ -1,9 +1,14 @@
-"""The examples of the pages in docs/ run, each by itself, and print what the comments beside them say."""
+"""The examples of the pages in docs/ run, and print what the comments beside them say; generated blocks are current."""
 
 import re
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from qae_kernels.config import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("choosing-k.md",)
@@ -25,11 +30,30 @@ def test_an_example_prints_what_it_says(code, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [line for lines in said for line in lines.split(", then ")]
 
 
-@pytest.mark.parametrize("page", PAGES)
+def test_objectives_from_top_to_bottom(tmp_path, capsys):
+    """The blocks of objectives.md are one program; Triton wants to read the source of its functions from a file."""
+    blocks = BLOCK.findall((ROOT / "docs" / "objectives.md").read_text(encoding="utf-8"))
+    program = tmp_path / "objectives.py"
+    program.write_text("\n".join(blocks), encoding="utf-8")
+    try:
+        names = runpy.run_path(str(program))
+        assert names["logits"].grad.abs().max() > 0 and OBJECTIVES["faded"].fused is names["faded_fused"]
+        assert names["selected"].sum() == 1 and names["kept"].sum() == 1 + int(0.2 * 23)
+        assert float(re.match(r"tensor\(([\d.]+)", capsys.readouterr().out)[1]) == pytest.approx(0.04, abs=0.03)
+    finally:
+        OBJECTIVES.pop("faded", None)
+
+
+def test_generated_blocks_are_current():
+    """If not: python docs/generate.py."""
+    subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, check=True, env={"PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("page", (*PAGES, "objectives.md"))
 def test_files_it_names_exist(page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\(((?!http)[^)#]+)\)", text)
     files = re.findall(r"`((?:tests|bench|integration|qae_kernels)/[\w./]+)`", text)
-    assert links and files
+    assert links or files
     for path in [*(ROOT / "docs" / link for link in links), *(ROOT / file for file in files)]:
         assert path.exists(), path
