@@ -44,6 +44,10 @@ class Objective:
     fused: Any = None
 
     @property
+    def built_in(self) -> bool:
+        return self.function.__module__ == f"{__package__}.reference.objectives"
+
+    @property
     def own(self) -> list[str]:
         """The numbers that are no fields of `PolicyLossConfig`, but in its `hyper`."""
         return [name for name, default in self.numbers.items() if default is not None]
@@ -91,7 +95,7 @@ def register_objective(
         raise ValueError(f"name must be a string that is not empty; got {name!r}")
     if not callable(function):
         raise ValueError(f"function must be callable; got {function!r}")
-    if name in OBJECTIVES and OBJECTIVES[name].function.__module__.startswith(__package__ + "."):
+    if name in OBJECTIVES and OBJECTIVES[name].built_in:
         raise ValueError(f"name must not be that of an objective of the package; got {name!r}")
     OBJECTIVES[name] = Objective(
         function, _numbers_of(function), {}, skips_zero_advantage=skips_zero_advantage, fused=fused

@@ -1,9 +1,12 @@
 """The examples of the pages in docs/ run, and print what the comments beside them say; generated blocks are current."""
 
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -57,3 +60,40 @@ def test_files_it_names_exist(page):
     assert links or files
     for path in [*(ROOT / "docs" / link for link in links), *(ROOT / file for file in files)]:
         assert path.exists(), path
+
+
+@pytest.mark.slow
+def test_contributing_adds_an_objective(tmp_path):
+    """The three steps of CONTRIBUTING.md, done to a copy of the package: the tests go over the new preset and pass."""
+    for folder in ("qae_kernels", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    in_torch, in_triton = (textwrap.dedent(block) for block in re.findall(r"```python\n(.*?) *```", text, re.DOTALL))
+    preset = re.search(r'`("drifting": .*?,)`', text)[1]
+
+    def insert(file, code, before=None):
+        path = tmp_path / "qae_kernels" / file
+        source = path.read_text(encoding="utf-8")
+        at = len(source) if before is None else source.rindex(before)
+        path.write_text(source[:at] + code + source[at:], encoding="utf-8")
+
+    insert("reference/objectives.py", f"\n\n{in_torch}")
+    insert("fused/objectives.py", f"{in_triton}\n\n", before="def device_function")
+    insert("presets.py", f"    # An example.\n    {preset}\n", before="}")
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "drifting",
+        "test_objectives.py",
+        "test_policy_loss.py",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path / "tests", env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 10

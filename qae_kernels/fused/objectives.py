@@ -89,7 +89,6 @@ def k3_is(logprob, ref_logprob, log_ratio):
     return ratio * kl, dratio * kl + ratio * dkl
 
 
-OBJECTIVES = {function.__name__: function for function in (clip, cispo, sapo, reinforce)}
 KL_ESTIMATORS = {function.__name__: function for function in (k1, k2, k3, k3_is)}
 
 
@@ -98,4 +97,11 @@ def device_function(name: str):
     known = config.OBJECTIVES[name]
     if known.scope != "token" or not known.skips_zero_advantage:
         return None
-    return OBJECTIVES.get(name, known.fused)
+    return globals()[name] if known.built_in else known.fused
+
+
+OBJECTIVES = {
+    name: device_function(name)
+    for name, known in config.OBJECTIVES.items()
+    if known.built_in and device_function(name) is not None
+}
