@@ -1,5 +1,6 @@
 """The README's example runs and its table is the one in the results file."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ def test_table_is_that_of_the_results_file():
 
 
 def test_examples_run(capsys):
-    from_logits, from_hidden = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    from_logits, from_hidden, everything_else = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(from_logits, names)
     printed = capsys.readouterr().out
@@ -32,6 +33,12 @@ def test_examples_run(capsys):
     dense = names["hidden"].detach().requires_grad_()
     names["policy_loss"](dense @ names["weight"].T, names["tokens"], names["advantages"].advantages).loss.backward()
     torch.testing.assert_close(names["hidden"].grad, dense.grad)
+    exec(everything_else, names)
+    printed = ast.literal_eval(capsys.readouterr().out)
+    assert printed["hard_fraction"] == 0.5 and 0.4 < names["k"] < 0.6
+    hard, output = names["credit"].hard, names["output"]
+    assert printed["entropy_hard"] == round(output.entropy[hard].mean().item(), 3)
+    assert names["config"].ratio == "sequence"
 
 
 def test_files_it_names_exist():
