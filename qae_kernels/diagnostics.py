@@ -13,7 +13,7 @@ WHAT = ("tokens", "entropy", "ratio", "approx_kl", "clip_low", "clip_high", "act
         "scored", "mismatch", "mismatch_kl")  # fmt: skip
 EXTREMES = ("ratio_max", "ratio_min", "mismatch_max")
 RESPONSES = ("responses", "zero", "positive", "negative")
-REGIMES = ("groups", "hard", "easy", "all_equal")
+REGIMES = ("groups", "hard", "easy", "all_equal", "mixed")
 SUCCESS_BINS = 10
 
 
@@ -43,8 +43,10 @@ class Diagnostics:
         being old_logprobs (the current ones where there are none). rollout_kl: k3 estimate of KL(sampler || trainer).
         Where rollout_logprobs were given; tokens that the sampler did not score (NaN) are left out.
     responses, zero_fraction, positive_fraction, negative_fraction: by advantage
-    groups, hard_fraction, easy_fraction, all_equal_fraction: regimes of the gate (success rate at most 1 - k, or above;
-        either way), and groups whose rewards are all equal, which teach nothing
+    groups, hard_fraction, easy_fraction: regimes of the gate, success rate at most 1 - k, or above
+    all_equal_fraction: groups whose rewards are all equal, which teach nothing
+    mixed_fraction: groups with advantages of both signs: none with the quantile and 0/1 rewards, so it shows where
+        other rewards leave the gate behind
     success_histogram: groups by success rate, in ten bins from 0 to 1; a list
     """
 

@@ -115,7 +115,10 @@ class Advantages:
         bins = (rates * SUCCESS_BINS + RATE_SLACK).long().clamp(0, SUCCESS_BINS - 1)
         histogram = torch.zeros(SUCCESS_BINS, dtype=torch.float64, device=a.device).index_add_(0, bins, there.double())
         responses = torch.stack([torch.ones_like(self.active), a == 0, a > 0, a < 0])
-        groups = torch.stack([there, there & self._is_hard, there & ~self._is_hard, there & (self._std == 0)])
+        signs = torch.stack([a > 0, a < 0]).double()
+        up, down = signs.new_zeros(2, len(rates)).index_add_(1, self._group_of, signs) > 0
+        regimes = (there, self._is_hard, ~self._is_hard, self._std == 0, up & down)
+        groups = torch.stack([there & regime for regime in regimes])
         return Diagnostics.empty(
             a.device, responses=responses.sum(1, dtype=torch.float64), groups=groups.sum(1, dtype=torch.float64),
             histogram=histogram, has=frozenset({"advantages"}),

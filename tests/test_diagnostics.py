@@ -30,7 +30,7 @@ KEYS = {
     "hard": {"entropy_hard", "entropy_easy"},
     "rollout": {"rollout_mismatch", "rollout_mismatch_max", "rollout_kl"},
     "advantages": {"responses", "zero_fraction", "positive_fraction", "negative_fraction", "groups", "hard_fraction",
-                   "easy_fraction", "all_equal_fraction", "success_histogram"},
+                   "easy_fraction", "all_equal_fraction", "mixed_fraction", "success_histogram"},
 }  # fmt: skip
 
 
@@ -76,7 +76,9 @@ def test_groups_and_responses(by_ids, per_group_k, backend, device):
     hard = [p / 4 <= 0.6 for p in counts]  # 0, 1, 2
     assert got["groups"] == 6 and got["responses"] == 24
     assert got["hard_fraction"] == pytest.approx(sum(hard) / 6) and got["easy_fraction"] == pytest.approx(3 / 6)
-    assert got["all_equal_fraction"] == pytest.approx(3 / 6)
+    assert got["all_equal_fraction"] == pytest.approx(3 / 6) and got["mixed_fraction"] == 0
+    mean = group_advantages(rewards, groups, baseline="mean", backend=backend).diagnostics().as_dict()
+    assert mean["mixed_fraction"] == pytest.approx(3 / 6), "every group whose rewards differ"
     assert got["positive_fraction"] == pytest.approx(3 / 24), "one of the second group, two of the third"
     assert got["negative_fraction"] == pytest.approx(1 / 24) and got["zero_fraction"] == pytest.approx(20 / 24)
     assert got["success_histogram"] == [1, 0, 1, 0, 0, 1, 0, 1, 0, 2]
