@@ -19,9 +19,15 @@ from qae_kernels import (
     linear_policy_loss,
     policy_loss,
     quantile_advantages,
+    rollout_correction,
     select_tokens,
     top_entropy_mask,
 )
+from qae_kernels.factors import weighted_losses
+from qae_kernels.metrics import loss_diagnostics
+from qae_kernels.outputs import Advantages, GivenToAdvantages
+from qae_kernels.reference.token_losses import is_needed
+from qae_kernels.rows import Rows
 
 KEYS = {
     "loss": {"clip_fraction_low", "clip_fraction_high", "ratio_mean", "ratio_max", "ratio_min", "approx_kl", "kl",
@@ -253,3 +259,42 @@ def test_from_hidden_states(device, backend):
     logits = policy_loss(hidden @ weight.T, batch.tokens, batch.advantages, mask=batch.mask, backend=backend)
     hard = batch.advantages > 0
     assert linear.diagnostics(hard).as_dict() == pytest.approx(logits.diagnostics(hard).as_dict(), rel=1e-4, abs=1e-6)
+
+
+# ---- nothing waits for a device: tensors without values refuse to tell them
+
+
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.scope != "token"])
+def test_between_the_launches(name):
+    """What two passes run on [N] vectors, and the diagnostics of it."""
+    config = CONFIGS[name]
+    vectors = torch.zeros(9, 12, device="meta")
+    tokens, cu_seqlens = vectors[0].long(), torch.zeros(4, dtype=torch.int64, device="meta")
+    selected = vectors[0] > 0 if config.objective in ("clip_cov", "kl_cov") else None
+    for given in [None] if selected is None else [None, selected]:
+        rows = Rows(tokens, *vectors[1:7], given, cu_seqlens)
+        assert is_needed(rows, config).shape == (12,)
+        losses, dlogp, _ = weighted_losses(vectors[7], vectors[8], rows, config, True)
+        assert losses.device.type == dlogp.device.type == "meta"
+        diagnostics = loss_diagnostics(vectors[7], vectors[8], rows, config, "active", vectors[0] > 0)
+        assert all(value.device.type == "meta" for value in diagnostics.metrics().values())
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # this is how it would show
+            diagnostics.as_dict()
+
+
+@pytest.mark.parametrize("groups", [3, "ids"])
+def test_regimes_and_pre_passes(groups):
+    per_response, per_token = torch.zeros(6, device="meta"), torch.zeros(2, 5, device="meta")
+    ids, many = (groups, 2) if groups == 3 else (per_response.long(), per_response.long().sum())
+    of_groups = per_response[:2] if groups == 3 else per_response
+    advantages = Advantages(
+        per_response, per_response != 0, of_groups.long(), of_groups, of_groups, of_groups, many,
+        GivenToAdvantages(per_response, ids, "median", 0.4),
+    )  # fmt: skip
+    for result in (advantages.hard, advantages.pivot, advantages.diagnostics().sums):
+        assert result.device.type == "meta"
+    for level in ("token", "sequence"):
+        assert rollout_correction(per_token, per_token, level=level).shape == (2, 5)
+    assert top_entropy_mask(per_token, 0.2).shape == (2, 5)
+    for name in ("clip_cov", "kl_cov"):
+        assert select_tokens(per_token, per_token[:, 0], config=PRESETS[name]).shape == (2, 5)
