@@ -131,7 +131,9 @@ class TrainConfig:
             raise ValueError("k_end and entropy_target are two ways to set K; expected one of them")
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
-        self.loss_config  # noqa: B018  refuses bounds that are out of range
+        for name in ("eps_low", "eps_high"):
+            if getattr(self, name) is not None and name not in self.loss_config.numbers:
+                raise ValueError(f"loss {self.loss!r} has no clip bounds; got {name} {getattr(self, name)}")
         self.k_source()
 
     @property

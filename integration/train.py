@@ -91,8 +91,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                 rollout = recompute_logprobs(model, rollout, advantages, config)
             set_learning_rate(optimizer, config, step)
             updates = [
-                update_policy(model, optimizer, rollout, advantages, rows, config)
-                for rows in minibatches(config, random_order)
+                update_policy(model, optimizer, rollout, advantages, rows, config, step * config.minibatches + i)
+                for i, rows in enumerate(minibatches(config, random_order))
             ]
             finished = time.perf_counter()
 

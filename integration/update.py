@@ -1,7 +1,8 @@
 """One update of the policy: plan -> packed micro-batches -> gradient, summed over ranks -> optimizer.
 
-Only responses with credit enter the model. With torch.distributed initialised, each rank holds the same model and the
-same rollout and trains its share of the plan; otherwise there is one rank, and everything is its share.
+Only responses with credit enter the model (under KL-Cov, which pulls at others too, all of them). With
+torch.distributed initialised, each rank holds the same model and the same rollout and trains its share of the plan;
+otherwise there is one rank, and everything is its share.
 """
 
 from __future__ import annotations
@@ -47,16 +48,18 @@ def update_policy(
     advantages: Advantages,
     rows: Tensor,
     config: TrainConfig,
+    draw: int = 0,
 ) -> Update:
     """One optimizer update on the responses `rows`: the loss of the config, averaged over all their tokens.
 
+    draw: which of its draws Clip-Cov takes; another one in each update.
     Responses of advantage 0 have no gradient, so they do not enter the model; their tokens stay in the denominator.
     A minibatch in which no response has credit changes nothing: there is no update then.
     """
     rank, world_size = rank_and_world_size()
     rows = rows.to(rollout.response_ids.device)
     minibatch, values = rollout.select(rows), advantages.advantages[rows]
-    loss, selection = select(minibatch, values, config.loss_config)
+    loss, selection = select(minibatch, values, config.loss_config, draw)
     plan = plan_credit(
         values, minibatch.lengths, prompt_lengths=minibatch.prompt_lengths, max_tokens=config.max_tokens,
         world_size=world_size, config=loss,
@@ -73,17 +76,24 @@ def update_policy(
 
 
 def select(
-    rollout: Rollout, advantages: Tensor, config: PolicyLossConfig
+    rollout: Rollout, advantages: Tensor, config: PolicyLossConfig, draw: int = 0
 ) -> tuple[PolicyLossConfig, dict[str, Tensor]]:
     """For losses that act on a share of the tokens: those of the whole minibatch, by what the sampler knew of them, as
     arguments [B, R] of the loss; and the config that goes with them. No loss is left that selects within a call."""
-    if config.objective in ("clip_cov", "kl_cov"):
-        selected = select_tokens(rollout.logprobs, advantages, config=config, mask=rollout.response_mask)
-        return config, {"selected": selected}
+    mask, kept, selection = rollout.response_mask, None, {}
     if config.top_entropy < 1:
-        kept = top_entropy_mask(rollout.entropy, config.top_entropy, mask=rollout.response_mask)
-        return dataclasses.replace(config, top_entropy=1.0), {"rollout_weights": kept.float()}
-    return config, {}
+        kept = top_entropy_mask(rollout.entropy, config.top_entropy, mask=mask)
+        config = dataclasses.replace(config, top_entropy=1.0)
+    if config.objective == "clip_cov":  # PPO's clip without the tokens that are drawn
+        config = dataclasses.replace(config, hyper={**dict(config.hyper), "seed": draw})
+        drawn = select_tokens(rollout.logprobs, advantages, config=config, mask=mask)
+        config, kept = (
+            dataclasses.replace(config, objective="clip", hyper=()),
+            ~drawn if kept is None else kept & ~drawn,
+        )
+    if config.objective == "kl_cov":
+        selection["selected"] = select_tokens(rollout.logprobs, advantages, config=config, mask=mask)
+    return config, selection if kept is None else {**selection, "rollout_weights": kept.float()}
 
 
 def policy_gradient(
@@ -131,9 +141,10 @@ def recompute_logprobs(
 ) -> Rollout:
     """The rollout with `old_logprobs` of `model` beside the sampler's; 0 in responses without credit."""
     rank, world_size = rank_and_world_size()
+    loss, _ = select(rollout, advantages.advantages, config.loss_config)
     plan = plan_credit(
         advantages.advantages, rollout.lengths, prompt_lengths=rollout.prompt_lengths, max_tokens=config.max_tokens,
-        world_size=world_size, config=config.loss_config,
+        world_size=world_size, config=loss,
     )  # fmt: skip
     logprobs = torch.zeros_like(rollout.logprobs)
     for rows in plan.micro_batches[rank]:

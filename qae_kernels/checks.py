@@ -282,6 +282,15 @@ def row_values(name: str, value: Tensor | None, rows: torch.Size, cu_seqlens: Te
     raise ValueError(f"{name} must have shape {expected}; got {tuple(value.shape)}")
 
 
+def responses_known(config: Any, offsets: Tensor | None) -> None:
+    """Checks that a loss that looks at responses was told which tokens those are."""
+    if config.needs_responses and offsets is None:
+        raise ValueError(
+            f"objective {config.objective!r} with ratio {config.ratio!r} and off_policy_threshold "
+            f"{config.off_policy_threshold} needs to know the responses: pass [B, T] tensors, or cu_seqlens"
+        )
+
+
 def boolean(name: str, value: Tensor, rows: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
     """Checks a bool of one entry a token or a response, and returns it."""
     is_tensor(name, value)

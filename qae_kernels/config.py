@@ -22,6 +22,7 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "> 0": lambda x: x > 0,
     ">= 0": lambda x: x >= 0,
     "> 1, or None": lambda x: x > 1,
+    "in [0, 1]": lambda x: 0 <= x <= 1,
     "in (0, 1]": lambda x: 0 < x <= 1,
     "an integer >= 0": lambda x: x >= 0 and x == int(x),
 }
@@ -42,10 +43,7 @@ class Objective:
     skips_zero_advantage: bool = True
     folds_rollout_weights: bool = False
     fused: Any = None
-
-    @property
-    def built_in(self) -> bool:
-        return self.function.__module__ == f"{__package__}.reference.objectives"
+    built_in: bool = False
 
     @property
     def own(self) -> list[str]:
@@ -64,7 +62,7 @@ def objective(
     def add(function: Callable) -> Callable:
         numbers = _numbers_of(function)
         OBJECTIVES[function.__name__] = Objective(
-            function, numbers, ranges, scope, skips_zero_advantage, folds_rollout_weights
+            function, numbers, ranges, scope, skips_zero_advantage, folds_rollout_weights, built_in=True
         )
         return function
 
@@ -80,16 +78,17 @@ def register_objective(
         or float64), one entry a token: the loss of each token, to be minimised. Autograd differentiates it:
         `.detach()` what shall have no gradient. log_ratio: `logprob - old_logprob` (of the response, by
         `PolicyLossConfig.ratio`). Numbers named eps_low, eps_high, dual_clip are those of the config; others have a
-        default, and another value by `hyper={"number": value}`. Never reads V logits: it runs on [N] vectors between
-        two launches, so it costs next to nothing.
+        default, and another value by `hyper={"number": value}`. Must be pointwise: it sees some of the tokens at a
+        time, and those with credit only. It never sees the vocabulary, so it costs next to nothing.
     fused: the same as a Triton device function, `f(log_ratio, logprob, advantage, hyper) -> (loss, dloss/dlogprob)` of
         one token's scalars, `hyper` the numbers as a tuple in the order of `function`'s. With it one launch does all on
-        a GPU. A test should hold both together: `fused` is believed.
+        a GPU. A test should hold both together: `fused` is believed. Not with skips_zero_advantage=False.
     skips_zero_advantage: False if a token of advantage 0 has a loss or a gradient in yours. Otherwise its loss counts
         as exactly 0, and its row is not read again.
 
     Takes the place of an earlier one of that name. Raises ValueError: the name of an objective of the package; a
-    parameter that is neither one of the config's nor has a number as default.
+    parameter beyond the three tensors that is not keyword-only, or is neither one of the config's (without a default)
+    nor has a finite number as default.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must be a string that is not empty; got {name!r}")
@@ -97,6 +96,14 @@ def register_objective(
         raise ValueError(f"function must be callable; got {function!r}")
     if name in OBJECTIVES and OBJECTIVES[name].built_in:
         raise ValueError(f"name must not be that of an objective of the package; got {name!r}")
+    if fused is not None and not hasattr(fused, "fn"):
+        raise ValueError(f"fused must be a function under triton.jit; got {fused!r}")
+    if fused is not None and not skips_zero_advantage:
+        raise ValueError("fused goes with skips_zero_advantage=True: the one launch skips tokens of advantage 0")
+    positional = [p for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY]
+    if len(positional) != 3:
+        got = inspect.signature(function)
+        raise ValueError(f"function must take (log_ratio, logprobs, advantages, *, numbers by name); got {got}")
     OBJECTIVES[name] = Objective(
         function, _numbers_of(function), {}, skips_zero_advantage=skips_zero_advantage, fused=fused
     )
@@ -108,13 +115,16 @@ def _numbers_of(function: Callable) -> dict[str, float | None]:
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind != parameter.KEYWORD_ONLY:
             continue
+        default = parameter.default
         if parameter.name in FIELDS:
+            if default is not parameter.empty:
+                raise ValueError(f"{parameter.name} is a field of the config and takes no default; got {default!r}")
             numbers[parameter.name] = None
-        elif isinstance(parameter.default, int | float) and not isinstance(parameter.default, bool):
-            numbers[parameter.name] = float(parameter.default)
+        elif isinstance(default, int | float) and not isinstance(default, bool) and math.isfinite(default):
+            numbers[parameter.name] = float(default)
         else:
             raise ValueError(
-                f"a number of an objective must be one of {', '.join(FIELDS)} or have a number as default; "
+                f"a number of an objective must be one of {', '.join(FIELDS)} or have a finite number as default; "
                 f"{parameter.name} of {function.__name__} has neither"
             )
     return numbers
@@ -190,7 +200,8 @@ class PolicyLossConfig:
         one_of("ratio", self.ratio, get_args(Ratio))
         one_of("aggregation", self.aggregation, get_args(Aggregation))
         one_of("kl_estimator", self.kl_estimator, get_args(KLEstimator))
-        for name in ("eps_low", "eps_high", "kl_coef"):
+        _number("eps_low", self.eps_low, "in [0, 1]")
+        for name in ("eps_high", "kl_coef"):
             _number(name, getattr(self, name), ">= 0")
         _number("entropy_coef", self.entropy_coef, "a finite number")
         _number("temperature", self.temperature, "> 0")
@@ -219,10 +230,18 @@ class PolicyLossConfig:
         object.__setattr__(self, "hyper", tuple(sorted(given.items())))
 
     @property
+    def known_objective(self) -> Objective:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective {self.objective!r} is not registered here: call register_objective first")
+        return OBJECTIVES[self.objective]
+
+    @property
     def numbers(self) -> dict[str, float]:
         """What the objective of this config takes after the tensors, in its order; inf where something is off."""
         given, numbers = dict(self.hyper), {}
-        for name, default in OBJECTIVES[self.objective].numbers.items():
+        if not set(given) <= set(self.known_objective.own):
+            raise ValueError(f"hyper is {given}; objective {self.objective!r} now takes {self.known_objective.own}")
+        for name, default in self.known_objective.numbers.items():
             value = getattr(self, name) if default is None else given.get(name, default)
             numbers[name] = math.inf if value is None else float(value)
         return numbers
@@ -230,12 +249,12 @@ class PolicyLossConfig:
     @property
     def skips_zero_credit(self) -> bool:
         """True when a row of advantage 0 has no gradient, because no KL or entropy term reaches it."""
-        return OBJECTIVES[self.objective].skips_zero_advantage and self.kl_coef == 0 and self.entropy_coef == 0
+        return self.known_objective.skips_zero_advantage and self.kl_coef == 0 and self.entropy_coef == 0
 
     @property
     def needs_responses(self) -> bool:
         """True when a token's loss depends on which tokens are of its response."""
-        own = OBJECTIVES[self.objective].scope == "response"
+        own = self.known_objective.scope == "response"
         return own or self.ratio != "token" or self.off_policy_threshold is not None
 
     @property
@@ -244,8 +263,7 @@ class PolicyLossConfig:
 
         "token" takes one launch, the others two: log-probabilities and entropies first, then the gradient.
         """
-        scope = OBJECTIVES[self.objective].scope
-        if scope == "batch" or self.top_entropy < 1:
+        if self.known_objective.scope == "batch" or self.top_entropy < 1:
             return "batch"
         return "response" if self.needs_responses else "token"
 

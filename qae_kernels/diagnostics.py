@@ -10,7 +10,7 @@ from torch import Tensor
 
 WHERE = ("unmasked", "read", "positive", "negative", "zero", "hard", "easy")  # tokens
 WHAT = ("tokens", "entropy", "ratio", "approx_kl", "clip_low", "clip_high", "active", "effective", "kl",
-        "scored", "mismatch", "mismatch_kl")  # fmt: skip
+        "scored", "mismatch", "mismatch_kl", "entropies")  # fmt: skip
 EXTREMES = ("ratio_max", "ratio_min", "mismatch_max")
 RESPONSES = ("responses", "zero", "positive", "negative")
 REGIMES = ("groups", "hard", "easy", "all_equal", "mixed")
@@ -34,11 +34,12 @@ class Diagnostics:
     entropy_hard, entropy_easy: by regime of the group, where `diagnostics(hard=...)` was told
     clip_fraction_low, clip_fraction_high: share of tokens beyond the bound that their sign of advantage runs into: the
         lower one and A < 0, the upper one and A > 0. 0 for an objective without bounds.
-    ratio_mean, ratio_max, ratio_min: of the importance ratio that the objective sees (1 without tokens)
-    approx_kl: k3 estimate of KL(old || current): mean of r - 1 - log r
+    ratio_mean, ratio_max, ratio_min: of the importance ratio that the objective sees
+    approx_kl: k3 estimate of KL(old || current), of tokens whatever the ratio's level: mean of r - 1 - log r
     kl: mean of the penalty's estimate of KL(current || reference); 0 without ref_logprobs
     tokens: unmasked. active_fraction: share of them that carry credit (advantage and rollout weight not 0; all with a
-        KL or entropy term). effective_tokens: number that do and that no bound stops.
+        KL or entropy term). effective_tokens: number that do, less those that lose their objective's gradient to a clip
+        bound, the dual clip, the off-policy mask or top_entropy (Clip-Cov's few are not taken off).
     rollout_mismatch, rollout_mismatch_max: mean and largest |trainer - sampler| of the log-probability, the trainer's
         being old_logprobs (the current ones where there are none). rollout_kl: k3 estimate of KL(sampler || trainer).
         Where rollout_logprobs were given; tokens that the sampler did not score (NaN) are left out.
@@ -55,9 +56,7 @@ class Diagnostics:
     responses: Tensor  # [RESPONSES] float64
     groups: Tensor  # [REGIMES] float64
     histogram: Tensor  # [SUCCESS_BINS] float64
-    has: frozenset[str] = (
-        frozenset()
-    )  # what was known anywhere: "entropy", "zero", "hard", "rollout", "advantages", "loss"
+    has: frozenset[str] = frozenset()  # of "loss", "entropy", "zero", "hard", "rollout", "advantages": what is known
 
     @classmethod
     def empty(cls, device: torch.device | str = "cpu", **known) -> Diagnostics:
@@ -77,7 +76,10 @@ class Diagnostics:
         )  # fmt: skip
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Diagnostics:
-        """Of all ranks of the group together; itself where torch.distributed is not in use. Two collectives."""
+        """Of all ranks of the group together; itself where torch.distributed is not in use. Two collectives.
+
+        Every rank must have been told of the same things: one without a token adds an empty micro-batch's.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return self
         parts = (self.sums, self.responses, self.groups, self.histogram)
@@ -109,7 +111,6 @@ class Diagnostics:
             return table[where, what] / table[where, count].clamp(min=1)
 
         extremes = torch.where(self.extremes == -torch.inf, 0, self.extremes)
-        some = table["read", "tokens"] > 0
         metrics = {
             "clip_fraction_low": mean("clip_low"),
             "clip_fraction_high": mean("clip_high"),
@@ -122,13 +123,11 @@ class Diagnostics:
             "active_fraction": mean("active", "unmasked"),
             "effective_tokens": table["read", "effective"],
         }
-        for name in ("ratio_mean", "ratio_max", "ratio_min"):
-            metrics[name] = torch.where(some, metrics[name], 1.0)
         if "entropy" in self.has:
-            metrics["entropy"] = mean("entropy")
+            metrics["entropy"] = mean("entropy", count="entropies")
             by = ["positive", "negative", *(["zero"] if "zero" in self.has else [])]
             by += ["hard", "easy"] if "hard" in self.has else []
-            metrics |= {f"entropy_{where}": mean("entropy", where) for where in by}
+            metrics |= {f"entropy_{where}": mean("entropy", where, "entropies") for where in by}
         if "rollout" in self.has:
             metrics["rollout_mismatch"] = mean("mismatch", count="scored")
             metrics["rollout_mismatch_max"] = extremes[2]

@@ -25,7 +25,7 @@ from torch import Tensor
 from . import two_pass
 from .config import PolicyLossConfig
 from .factors import weighted_losses
-from .reference.token_losses import has_credit
+from .reference.token_losses import has_credit, is_needed
 from .rows import Rows
 from .vocab_parallel import VocabParallel
 
@@ -187,7 +187,8 @@ def two_pass_policy_loss_rows(
     losses, dlogp, dentropy = weighted_losses(logprobs, entropies, rows, config, any(head.wanted))
     if any(head.wanted):
         dentropy = torch.zeros_like(dlogp) if dentropy is None else dentropy
-        token_logprobs_gradient(head, rows.tokens, wanted, peak, log_sum, entropies, dlogp, dentropy, *scaling)
+        needed = is_needed(rows, config)  # the others have no gradient, and slices of a vocabulary cannot see that
+        token_logprobs_gradient(head, rows.tokens, needed, peak, log_sum, entropies, dlogp, dentropy, *scaling)
     return losses, logprobs, torch.zeros_like(entropies) if entropy == "none" else entropies
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .config import OBJECTIVES, PolicyLossConfig
 from .diagnostics import EXTREMES, WHAT, WHERE, Diagnostics
-from .reference.objectives import KL_ESTIMATORS
-from .reference.token_losses import has_credit, is_needed, log_ratios
+from .reference.objectives import KL_ESTIMATORS, ratio_of
+from .reference.token_losses import has_credit, is_dropped, is_needed, log_ratios
 from .rows import Rows
 
 
@@ -44,12 +45,22 @@ def loss_diagnostics(
     read = unmasked if whose_entropy == "all" else is_needed(rows, config)
     zero = torch.zeros_like(logprobs)
 
-    log_ratio = zero if rows.old_logprobs is None else torch.where(read, log_ratios(logprobs, rows, config), 0)
-    ratio = log_ratio.exp()
+    log_ratio = token_log_ratio = zero
+    if rows.old_logprobs is not None:
+        log_ratio = torch.where(read, log_ratios(logprobs, rows, config), 0)
+        token_log_ratio = torch.where(read, log_ratios(logprobs, rows, replace(config, ratio="token")), 0)
+    ratio = ratio_of(log_ratio)
     low, high = clip_bounds(config) or (-math.inf, math.inf)
     clipped_low = (log_ratio < low) & (rows.advantages < 0)
     clipped_high = (log_ratio > high) & (rows.advantages > 0)
-    stops = config.objective != "cispo"
+    if config.kl_coef or config.entropy_coef:  # which go on where the objective stops
+        stopped = torch.zeros_like(read)
+    else:
+        stopped = is_dropped(logprobs, entropy, rows, config)
+        if config.objective != "cispo":
+            stopped = stopped | clipped_low | clipped_high
+        if "dual_clip" in config.numbers and config.dual_clip is not None:
+            stopped = stopped | ((ratio > config.dual_clip) & (rows.advantages < 0))
     kl = zero
     if rows.ref_logprobs is not None:
         kl = KL_ESTIMATORS[config.kl_estimator](logprobs, rows.ref_logprobs, log_ratio)
@@ -60,26 +71,36 @@ def loss_diagnostics(
         mismatch = torch.where(scored, trainer - rows.rollout_logprobs, 0)
 
     values = {
-        "tokens": torch.ones_like(zero), "entropy": entropy, "ratio": ratio, "approx_kl": ratio - 1 - log_ratio,
-        "clip_low": clipped_low, "clip_high": clipped_high, "active": active,
-        "effective": active & ~((clipped_low | clipped_high) & stops), "kl": kl, "scored": scored,
-        "mismatch": mismatch.abs(), "mismatch_kl": mismatch.exp() - 1 - mismatch,
-    }  # fmt: skip
+        "tokens": torch.ones_like(zero),
+        "entropy": entropy,
+        "entropies": torch.full_like(zero, whose_entropy != "none"),
+        "ratio": ratio,
+        "approx_kl": ratio_of(token_log_ratio) - 1 - token_log_ratio,
+        "clip_low": clipped_low,
+        "clip_high": clipped_high,
+        "active": active,
+        "effective": active & ~stopped,
+        "kl": kl,
+        "scored": scored,
+        "mismatch": mismatch.abs(),
+        "mismatch_kl": mismatch.exp() - 1 - mismatch,
+    }
     where = {
         "unmasked": unmasked, "read": read, "positive": read & (rows.advantages > 0),
         "negative": read & (rows.advantages < 0), "zero": read & (rows.advantages == 0),
         "hard": torch.zeros_like(read) if hard is None else read & hard,
         "easy": torch.zeros_like(read) if hard is None else read & ~hard,
     }  # fmt: skip
-    counted = torch.stack([where[name] for name in WHERE]).double()
     known = torch.stack([unmasked if name in ("tokens", "active") else read for name in WHAT])
     summands = torch.where(known, torch.stack([values[name].double() for name in WHAT]), 0)
     largest = torch.stack([ratio, -ratio, torch.where(scored, mismatch.abs(), 0)]).double()
     largest = torch.where(read, largest, -torch.inf)
     has = {"loss", *(["hard"] if hard is not None else []), *(["rollout"] if rows.rollout_logprobs is not None else [])}
     if whose_entropy != "none":
-        has |= {"entropy"} | ({"zero"} if whose_entropy == "all" or not config.skips_zero_credit else set())
+        everything = whose_entropy == "all" or config.scope == "batch" or not config.skips_zero_credit
+        has |= {"entropy", "zero"} if everything else {"entropy"}
     return Diagnostics.empty(
-        logprobs.device, sums=counted @ summands.T, has=frozenset(has),
+        logprobs.device, sums=torch.stack([torch.where(where[name], summands, 0).sum(1) for name in WHERE]),
+        has=frozenset(has),
         extremes=largest.amax(1) if largest.numel() else largest.new_full((len(EXTREMES),), -torch.inf),
     )  # fmt: skip

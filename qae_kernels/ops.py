@@ -16,12 +16,12 @@ from .config import PolicyLossConfig
 from .diagnostics import Diagnostics
 from .metrics import loss_diagnostics
 from .outputs import Advantages, PolicyLossOutput
+from .prepass import SELECTING
 from .presets import PRESETS
 from .rows import Rows, row_offsets
 from .vocab_parallel import slice_sizes
 
 BACKENDS = ("auto", "triton", "torch")
-SELECTING = ("clip_cov", "kl_cov")  # objectives that act on selected tokens
 BASELINES = ("quantile", "mean", "leave_one_out", "none", "opo", "passk", "median", "pos_mask", "neg_mask")
 
 
@@ -172,9 +172,10 @@ def policy_loss(
         batch; None: they are selected among the tokens of this call.
     normalizer: what the summed loss is divided by, see `PolicyLossConfig.aggregation`; give the global batch's count
         when this call is one micro-batch of several. Number or 0-dim tensor; 0 counts as 1.
-    entropy: whose entropy is computed, for the log. "all": of every row. "active": of the rows that carry credit; the
+    entropy: whose entropy is computed, for the log. "all": of every row. "active": of the rows that carry credit (of
+        whole responses in which a token does, or of every row, where the loss looks that far: `config.scope`); the
         others are not read at all, their logprob and entropy come back 0, and the metrics leave them out (except
-        active_fraction: the other means are then over fewer tokens). "none": as "active", and no entropy is computed;
+        active_fraction: the other means are then over fewer tokens). "none": as "active", and no entropy comes back;
         the metrics have none. Loss and gradient are the same bits. With a KL or entropy term every row is active.
     process_group: the ranks that share the vocabulary, if it is sharded: each gives its slice [..., V / ranks] of the
         logits, in the order of the ranks, and the same of everything else. Every rank gets the whole loss and metrics,
@@ -193,6 +194,7 @@ def policy_loss(
     Raises ValueError: wrong shape, dtype or device; token outside [0, V) in an unmasked row; a missing argument.
     """
     group = checks.group_name(process_group)
+    cu_seqlens = _own(cu_seqlens)
     checks.logits(logits)
     vocab = _whole_vocabulary(logits, -1, process_group, validate)
     mask = checks.tokens_and_mask(tokens, mask, logits.shape[:-1], vocab, logits.device, validate)
@@ -242,14 +244,13 @@ def _rows(
         raise ValueError(f"entropy_coef is {config.entropy_coef}: that needs the entropy; entropy='none' computes none")
     if config.top_entropy < 1 and entropy == "none":
         raise ValueError(f"top_entropy is {config.top_entropy}: that needs the entropy; entropy='none' computes none")
-    offsets = None
-    if config.needs_responses:
-        offsets = row_offsets(shape, None if cu_seqlens is None else cu_seqlens.clone(), device)
-        if offsets is None:
-            raise ValueError(
-                f"objective {config.objective!r} with ratio {config.ratio!r} and off_policy_threshold "
-                f"{config.off_policy_threshold} needs to know the responses: pass [B, T] tensors, or cu_seqlens"
-            )
+    if rollout_weights is not None and rollout_weights.shape != shape and config.known_objective.folds_rollout_weights:
+        raise ValueError(
+            f"objective {config.objective!r} multiplies rollout_weights over each response: they must be of tokens, "
+            f"{tuple(shape)}; got {tuple(rollout_weights.shape)}"
+        )
+    offsets = row_offsets(shape, cu_seqlens, device) if config.needs_responses else None
+    checks.responses_known(config, offsets)
     normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     weights = token_weights(
         mask, config.aggregation, cu_seqlens=cu_seqlens, normalizer=normalizer,
@@ -264,6 +265,11 @@ def _rows(
 
     selected = None if selected is None else selected.clone()
     return Rows(tokens, weights, *(own(x) for x in values.values()), selected, offsets)
+
+
+def _own(cu_seqlens: Tensor | None) -> Tensor | None:
+    """A copy: diagnostics read it later."""
+    return cu_seqlens.clone() if isinstance(cu_seqlens, Tensor) else cu_seqlens
 
 
 def _per_row(x: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
@@ -347,6 +353,7 @@ def linear_policy_loss(
     Backward can run once per call. Raises ValueError: as `policy_loss`.
     """
     group = checks.group_name(process_group)
+    cu_seqlens = _own(cu_seqlens)
     checks.head(hidden, weight, bias, logit_scale, logit_softcap, max_chunk_bytes)
     vocab = _whole_vocabulary(weight, 0, process_group, validate)
     mask = checks.tokens_and_mask(tokens, mask, hidden.shape[:-1], vocab, hidden.device, validate)

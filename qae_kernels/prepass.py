@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import checks
-from .config import LOG_RATIO_LIMIT, PolicyLossConfig
+from .config import LOG_RATIO_LIMIT, OBJECTIVES, PolicyLossConfig
 from .reference.objectives import clip_cov_tokens, kl_cov_tokens
 from .reference.selection import top_entropy
 from .reference.token_losses import log_ratios
 from .rows import Responses, Rows, row_offsets
+
+SELECTING = tuple(name for name, known in OBJECTIVES.items() if known.scope == "batch")  # that act on selected tokens
 
 
 def rollout_correction(
@@ -31,7 +33,8 @@ def rollout_correction(
     validate: bool = False,
 ) -> Tensor:
     """Importance weights pi_trainer / pi_sampler, for `rollout_weights`: the engine that samples and the one that
-    trains disagree on the probability of a token, even with the same parameters.
+    trains disagree on the probability of a token, even with the same parameters. For VESPO of level "token" only: it
+    forms the product over the response itself.
 
     old_logprobs: [B, T] or [N] float, the trainer's, under the policy that sampled. rollout_logprobs: the sampler's,
         NaN where it has none: such a token counts as agreed upon.
@@ -54,7 +57,8 @@ def rollout_correction(
     if low is not None and high is not None and low > high:
         raise ValueError(f"low must not be above high; got low {low} and high {high}")
     dtype = torch.promote_types(torch.promote_types(old_logprobs.dtype, rollout_logprobs.dtype), torch.float32)
-    difference = (old_logprobs.detach().to(dtype) - rollout_logprobs.detach().to(dtype)).nan_to_num(nan=0.0)
+    difference = old_logprobs.detach().to(dtype) - rollout_logprobs.detach().to(dtype)
+    difference = torch.where(rollout_logprobs.isnan(), 0, difference)
     log_weight = torch.where(mask, difference, 0).reshape(-1)
     if level != "token":
         offsets = row_offsets(old_logprobs.shape, cu_seqlens, old_logprobs.device)
@@ -118,10 +122,11 @@ def select_tokens(
     """
     if not isinstance(config, PolicyLossConfig):
         raise ValueError(f"config must be a PolicyLossConfig, such as PRESETS['clip_cov']; got {config!r}")
-    checks.one_of("config.objective", config.objective, ("clip_cov", "kl_cov"))
+    checks.one_of("config.objective", config.objective, SELECTING)
     given = {"advantages": advantages} | ({} if old_logprobs is None else {"old_logprobs": old_logprobs})
     mask = _check(logprobs, given, mask, cu_seqlens, validate, per_response=("advantages",))
     offsets = row_offsets(logprobs.shape, cu_seqlens, logprobs.device)
+    checks.responses_known(config, offsets)
     if advantages.shape != logprobs.shape:
         advantages = Responses(offsets, logprobs.numel()).spread(advantages)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)

@@ -79,4 +79,17 @@ class Responses(NamedTuple):
 
     def spread(self, per_response: Tensor) -> Tensor:
         """[B] -> [N]."""
-        return spread_to_rows(per_response, self.cu_seqlens, self.num_rows)
+        return _Spread.apply(per_response, self)
+
+
+class _Spread(torch.autograd.Function):
+    """`Responses.spread` with `Responses.sum` as its gradient: that of an index adds up in any order."""
+
+    @staticmethod
+    def forward(ctx, per_response: Tensor, responses: Responses) -> Tensor:
+        ctx.responses = responses
+        return spread_to_rows(per_response, responses.cu_seqlens, responses.num_rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.responses.sum(gradient).to(gradient.dtype), None

@@ -27,6 +27,7 @@ from qae_kernels import (
     top_entropy_mask,
 )
 from qae_kernels.config import OBJECTIVES
+from qae_kernels.reference import objectives as reference_objectives
 from qae_kernels.reference.selection import random_tokens, scrambled
 
 COV = {"share": 0.2, "low": -0.5, "high": 2.0}
@@ -308,6 +309,51 @@ def test_selection_of_a_whole_batch_in_micro_batches(backend, device):
         assert len(plan.responses) == 2, "a response without credit counts in the selection"
 
 
+@pytest.mark.parametrize("advantage", [0.0, 0.5, -1.0])
+def test_equal_advantages_have_no_covariance(advantage, backend, device):
+    """Nothing to select by: KL-Cov penalises nobody, and where there is no credit nobody has a gradient."""
+    config = replace(PRESETS["kl_cov"], hyper={"share": 0.3})
+    batch = make_batch(57, device=device)
+    advantages = torch.full_like(batch.advantages, advantage)
+    assert not select_tokens(batch.old_logprobs, advantages, config=config, mask=batch.mask).any()
+    got = run(batch, advantages, config, backend=backend, mask=batch.mask, old_logprobs=batch.old_logprobs)
+    assert (advantage == 0) == (got.dlogits == 0).all()
+
+
+@pytest.mark.parametrize("objective", ["clip_cov", "kl_cov"])
+def test_a_token_of_probability_zero_is_not_selected(objective):
+    """And the others are as if it were not there."""
+    config = replace(PRESETS[objective], hyper={"share": 0.2} | (COV if objective == "clip_cov" else {}))
+    batch = make_batch(57)
+    logprobs, mask = batch.old_logprobs.clone(), batch.mask.clone()
+    logprobs[0] = -torch.inf
+    advantages = batch.advantages - batch.advantages[batch.mask].mean()
+    advantages[0] = 0  # at the mean: what stays of the others' mean is the same without it
+    advantages[mask] -= advantages[mask][1:].mean()
+    advantages[0] = 0
+    got = select_tokens(logprobs, advantages, config=config, mask=mask)
+    assert got.sum() == int(0.2 * mask.sum()) and not got[0]
+
+
+def test_weights_that_are_multiplied_over_a_response():
+    batch = make_batch(11)
+    weights = torch.ones_like(batch.per_response)
+    with pytest.raises(ValueError, match=r"'vespo' multiplies rollout_weights .* of tokens, \(16,\); got \(5,\)"):
+        policy_loss(batch.logits, batch.tokens, batch.per_response, cu_seqlens=batch.cu_seqlens,
+                    rollout_weights=weights, config=PRESETS["vespo"])  # fmt: skip
+
+
+def test_a_dual_clip_that_is_met_exactly(backend, device):
+    """Where both terms are equal the gradient is whole, on every path."""
+    logits = torch.zeros(1, 2, device=device)
+    old = torch.log_softmax(logits, -1)[:, 0] - math.log(3.0)
+    config = replace(PRESETS["ppo"], eps_high=9.0, dual_clip=(torch.log_softmax(logits, -1)[:, 0] - old).exp().item())
+    leaf = logits.requires_grad_()
+    zeros, advantages = torch.zeros(1, dtype=torch.long, device=device), -torch.ones(1, device=device)
+    policy_loss(leaf, zeros, advantages, old_logprobs=old, config=config, backend=backend).loss.backward()
+    assert leaf.grad[0, 0].item() == pytest.approx(1.5, rel=1e-5)
+
+
 def test_drawn_tokens():
     """The share of the tokens, from the candidates, another set for another seed, and evenly."""
     mask = torch.ones(10_000, dtype=torch.bool)
@@ -386,11 +432,6 @@ def pull(log_ratio, logprobs, advantages, *, beta=1.0):
     return beta * log_ratio**2
 
 
-@triton.jit
-def pull_fused(log_ratio, logprob, advantage, hyper):
-    return hyper[0] * log_ratio * log_ratio, 2 * hyper[0] * log_ratio
-
-
 @pytest.fixture(params=["PyTorch only", "with a Triton twin"])
 def own_objective(request):
     fused = faded_fused if request.param == "with a Triton twin" else None
@@ -425,7 +466,7 @@ def test_own_objective_from_hidden_states(own_objective, backend, device):
 
 def test_own_objective_that_moves_tokens_without_credit(device, backend):
     """skips_zero_advantage=False: nothing is skipped, on either path."""
-    register_objective("pull", pull, fused=pull_fused, skips_zero_advantage=False)
+    register_objective("pull", pull, skips_zero_advantage=False)
     try:
         config = PolicyLossConfig(objective="pull")
         batch = make_batch(57, device=device)
@@ -446,12 +487,47 @@ def test_own_objective_that_moves_tokens_without_credit(device, backend):
         (("", faded), "name must be a string that is not empty"),
         (("mine", 3), "function must be callable; got 3"),
         (("mine", lambda a, b, c, *, speed: a), "speed of <lambda> has neither"),
-        (("mine", lambda a, b, c, *, speed="fast": a), "must be one of eps_low, eps_high, dual_clip or have a number"),
+        (("mine", lambda a, b, c, *, speed="fast": a), "one of eps_low, eps_high, dual_clip or have a finite number"),
+        (("mine", lambda a, b, c, *, speed=math.inf: a), "speed of <lambda> has neither"),
+        (("mine", lambda a, b, c, *, eps_low=0.1: a), "eps_low is a field of the config and takes no default; got 0.1"),
+        (("mine", lambda a, b, c, speed=1.0: a), r"numbers by name\); got \(a, b, c, speed=1.0\)"),
+        (("mine", lambda a, b: a), r"must take \(log_ratio, logprobs, advantages, \*, numbers by name\); got \(a, b\)"),
     ],
 )
 def test_objectives_that_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         register_objective(*arguments)
+
+
+def test_twins_that_are_refused():
+    with pytest.raises(ValueError, match=r"fused must be a function under triton\.jit; got 'fast'"):
+        register_objective("mine", faded, fused="fast")
+    with pytest.raises(ValueError, match="fused goes with skips_zero_advantage=True"):
+        register_objective("mine", faded, fused=faded_fused, skips_zero_advantage=False)
+    assert "mine" not in OBJECTIVES
+
+
+def test_objectives_that_change_or_go(backend, device):
+    """An objective of the package under another name; a config whose objective has other numbers now, or is gone."""
+    batch = make_batch(57, device=device)
+    advantages, keywords = optional_arguments(batch)
+    try:
+        register_objective("mine", reference_objectives.clip)
+        expected = run(batch, advantages, PolicyLossConfig(), backend=backend, **keywords)
+        got = run(batch, advantages, PolicyLossConfig(objective="mine"), backend=backend, **keywords)
+        torch.testing.assert_close(got.dlogits, expected.dlogits, rtol=1e-6, atol=1e-8)
+        register_objective("mine", faded)
+        config = PolicyLossConfig(objective="mine", hyper={"width": 0.3})
+        register_objective("mine", pull, skips_zero_advantage=False)
+        with pytest.raises(ValueError, match="objective 'mine' now takes \\['beta'\\]"):
+            run(batch, advantages, config, backend=backend, **keywords)
+        register_objective("mine", lambda log_ratio, logprobs, advantages: logprobs.sum())
+        with pytest.raises(ValueError, match="objective 'mine' must return a loss per token"):
+            run(batch, advantages, PolicyLossConfig(objective="mine"), backend=backend, **keywords)
+    finally:
+        OBJECTIVES.pop("mine", None)
+    with pytest.raises(ValueError, match="objective 'mine' is not registered here"):
+        run(batch, advantages, config, backend=backend, **keywords)
 
 
 # ---- errors

@@ -263,10 +263,10 @@ def test_temperature(temperature, device):
 
 
 CONFIG_ERRORS = [
-    ("objective", ["ppo", None], "objective must be one of 'clip'; got"),
+    ("objective", ["ppo", None], "objective must be one of 'clip', 'cispo', .*; got"),
     ("ratio", ["tokens", 1], "ratio must be one of 'token'.*; got"),
     ("aggregation", ["mean", None], "aggregation must be one of 'token-mean', .*; got"),
-    ("kl_estimator", ["k4"], "kl_estimator must be one of 'k1', 'k2', 'k3'; got 'k4'"),
+    ("kl_estimator", ["k4"], "kl_estimator must be one of 'k1', 'k2', 'k3', 'k3_is'; got 'k4'"),
     ("eps_low", [-0.1, 1.1, NAN, "0.2", None, True], r"eps_low must be in \[0, 1\]; got"),
     ("eps_high", [-0.1, NAN, INF, None], "eps_high must be >= 0; got"),
     ("dual_clip", [1, 1.0, 0.5, -3, NAN, INF, True], "dual_clip must be > 1, or None; got"),

@@ -382,7 +382,8 @@ def test_k_follows_the_entropy(start, tmp_path, target, direction):
         ({"loss": "ppo2"}, "loss must be one of dapo, .*; got 'ppo2'"),
         ({"k_end": 0.5, "entropy_target": 0.3}, "two ways to set K"),
         ({"k_end": 1.5}, "k_end must be a number strictly between 0 and 1; got 1.5"),
-        ({"eps_low": -0.1}, "eps_low must be >= 0; got -0.1"),
+        ({"eps_low": -0.1}, r"eps_low must be in \[0, 1\]; got -0.1"),
+        ({"loss": "sapo", "eps_high": 0.1}, "loss 'sapo' has no clip bounds; got eps_high 0.1"),
     ],
 )
 def test_settings_of_loss_and_k_that_are_refused(settings, message):

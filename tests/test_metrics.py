@@ -36,10 +36,10 @@ def metrics_by_hand(out, batch, config, old, ref):
         "ratio_min": min(ratios),
         "tokens": len(tokens),
         "effective_tokens": sum(
-            (config.kl_coef != 0 or config.entropy_coef != 0 or t[1] != 0)
-            and not (r < 1 - config.eps_low and t[1] < 0)
-            and not (r > 1 + config.eps_high and t[1] > 0)
-            for r, t in zip(ratios, tokens, strict=True)
+            config.kl_coef != 0
+            or config.entropy_coef != 0
+            or (a != 0 and not (r < 1 - config.eps_low and a < 0) and not (r > 1 + config.eps_high and a > 0))
+            for r, (_, a, _, _) in zip(ratios, tokens, strict=True)
         ),
         "approx_kl": mean(r - 1 - t[2] for r, t in zip(ratios, tokens, strict=True)),
         "active_fraction": mean(config.kl_coef != 0 or config.entropy_coef != 0 or a != 0 for _, a, _, _ in tokens),

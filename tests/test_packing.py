@@ -379,7 +379,7 @@ STEPS += [Case(credit="one")]
 def test_gradients_of_the_sparse_step_are_those_of_the_dense_one(case):
     _, rollout, advantages, _ = case.make()
     plan = case.plan(rollout, advantages)
-    if case.config in (*PENALTIES, "clip_cov", "kl_cov"):
+    if case.config in (*PENALTIES, "kl_cov"):
         assert len(plan.responses) == B
     elif case.credit == "quantile":
         assert 3 <= len(plan.responses) == int((advantages != 0).sum()) <= B // 2, "want credit and none"

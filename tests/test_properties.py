@@ -69,7 +69,7 @@ class Case:
     rollout: bool = of(False, True)
     strided: bool = of(False, True)  # tokens, mask and values lie in memory with gaps
     integers: torch.dtype = of(torch.int64, torch.int32)
-    config: str = of(*CONFIGS)
+    config: str = of(*(name for name, config in CONFIGS.items() if config.scope == "token"))  # rows on their own
     aggregation: str = of(*AGGREGATIONS)
     temperature: float = of(1.0, 0.7, 1.3)
     scale_factor: float | None = of(7.0, None)

@@ -39,8 +39,8 @@ LAYERS = {
     "linear_head": {"config", "factors", "reference", "rows", "two_pass", "vocab_parallel"},
     "library": {"checks", "config", "outputs", "rows", "fused", "chunked", "reference", "two_pass", "vocab_parallel",
                 "linear_head"},
-    "ops": {"checks", "config", "presets", "aggregation", "rows", "diagnostics", "outputs", "metrics", "reference",
-            "vocab_parallel", "library"},
+    "ops": {"checks", "config", "prepass", "presets", "aggregation", "rows", "diagnostics", "outputs", "metrics",
+            "reference", "vocab_parallel", "library"},
 }  # fmt: skip
 BELOW_THE_TOP = set(LAYERS)
 

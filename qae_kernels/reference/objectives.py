@@ -49,7 +49,8 @@ def clip(log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, *, eps_low, ep
     ratio = ratio_of(log_ratio)
     loss = torch.maximum(-ratio * advantages, -ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
     if math.isfinite(dual_clip):
-        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+        ceiling = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
+        loss = torch.where(loss > ceiling, ceiling, loss)  # not `minimum`, which halves the gradient of a tie
     return loss
 
 
@@ -97,7 +98,8 @@ def vespo(
     k_positive=2.0, lambda_positive=3.0, k_negative=3.0, lambda_negative=2.0,
 ) -> Tensor:  # fmt: skip
     """loss = -sg(phi(w)) A logprob, phi(w) = w^k e^(lambda (1 - w)), k and lambda by the sign of A (VESPO, arXiv
-    2602.10693). w: product of the ratios of the response, times its rollout weights; log w lies in [log 1e-8, 20]."""
+    2602.10693). w: product of the ratios of the response, times the rollout weights of its tokens, of which each counts
+    as 1e-8 at least; log w lies in [log 1e-8, 20]."""
     with torch.no_grad():
         log_weight = log_ratio.clamp(-HIGHEST_LOG_WEIGHT, HIGHEST_LOG_WEIGHT)
         if batch.rollout_weights is not None:
@@ -132,7 +134,7 @@ def kl_cov(
     log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, batch: Batch, *, share=2e-3, coef=1.0
 ) -> Tensor:  # fmt: skip
     """loss = -r A, plus coef |log r| on the tokens of highest covariance, `share` of all unmasked ones, at least one
-    (KL-Cov, arXiv 2505.22617). They may have an advantage of 0. See `selection`."""
+    (KL-Cov, arXiv 2505.22617). They may have an advantage of 0; their covariance is positive. See `selection`."""
     selected = batch.selected
     if selected is None:
         selected = kl_cov_tokens(logprobs, advantages, batch.mask, share=share)
@@ -152,9 +154,9 @@ def clip_cov_tokens(
 
 
 def kl_cov_tokens(logprobs: Tensor, advantages: Tensor, mask: Tensor, *, share, group=None) -> Tensor:
-    """[N] bool: the tokens that KL-Cov penalises."""
+    """[N] bool: the tokens that KL-Cov penalises; none where no covariance is positive, as with equal advantages."""
     covariance = token_covariance(logprobs, advantages, mask, group)
-    return top_tokens(covariance, mask, share * total(mask, group), group)
+    return top_tokens(covariance, mask & (covariance > 0), share * total(mask, group), group)
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor, log_ratio: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def random_tokens(
 
 
 def scrambled(size: int, seed: int, rank: int, device: torch.device) -> Tensor:
-    """[size] float64 in [0, 1), no two of them equal, that look random: an integer hash of position, seed and rank,
+    """[size] float64 in [0, 1) that look random, no two of a rank equal: an integer hash of position, seed and rank,
     whose arithmetic is the same on every device."""
     start = (seed * 0x85EBCA77 + rank * 0xC2B2AE3D) & 0xFFFFFFFF
     x = (torch.arange(size, device=device) * 0x9E3779B1 + start) & 0xFFFFFFFF
@@ -63,10 +63,10 @@ def token_covariance(
     logprobs: Tensor, advantages: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """(A - mean A) (logprob - mean logprob) of each token (arXiv 2505.22617). The mean of A counts the tokens of
-    advantage 0, which QAE makes many of."""
-    logprobs, advantages, count = logprobs.detach(), advantages.detach(), total(mask, group).clamp(min=1)
+    advantage 0, which QAE makes many of. A token of probability 0 has no part in the mean, and a covariance of 0."""
 
-    def centred(values: Tensor) -> Tensor:
-        return values - (total(torch.where(mask, values, 0), group) / count).to(values.dtype)
+    def centred(values: Tensor, where: Tensor) -> Tensor:
+        mean = total(torch.where(where, values, 0), group) / total(where, group).clamp(min=1)
+        return torch.where(where, values - mean.to(values.dtype), 0)
 
-    return centred(advantages) * centred(logprobs)
+    return centred(advantages.detach(), mask) * centred(logprobs.detach(), mask & logprobs.isfinite())

@@ -73,18 +73,32 @@ def token_losses(logprobs: Tensor, entropy: Tensor, rows: Rows, config: PolicyLo
         responses = None if rows.cu_seqlens is None else rows.responses
         batch = Batch(rows.mask, responses, rows.rollout_weights, rows.selected)
         arguments = (log_ratio, logprobs, rows.advantages, batch)
-    loss = torch.where(idle, 0, objective.function(*arguments, **config.numbers))
+    loss = objective.function(*arguments, **config.numbers)
+    if loss.shape != idle.shape:
+        raise ValueError(f"objective {config.objective!r} must return a loss per token, {idle.shape}; got {loss.shape}")
+    loss = torch.where(idle, 0, loss.to(logprobs.dtype))
     if rows.rollout_weights is not None and not objective.folds_rollout_weights:
         loss = loss * rows.rollout_weights
-    if config.off_policy_threshold is not None:
-        loss = torch.where(is_off_policy(logprobs, rows, config.off_policy_threshold), 0, loss)
-    if config.top_entropy < 1:
-        loss = torch.where(top_entropy(entropy, rows.mask, config.top_entropy), loss, 0)
+    loss = torch.where(is_dropped(logprobs, entropy, rows, config), 0, loss) if drops(config) else loss
     if config.kl_coef != 0:
         loss = loss + config.kl_coef * KL_ESTIMATORS[config.kl_estimator](logprobs, rows.ref_logprobs, log_ratio)
     if config.entropy_coef != 0:
         loss = loss - config.entropy_coef * entropy
     return loss
+
+
+def drops(config: PolicyLossConfig) -> bool:
+    return config.off_policy_threshold is not None or config.top_entropy < 1
+
+
+def is_dropped(logprobs: Tensor, entropy: Tensor, rows: Rows, config: PolicyLossConfig) -> Tensor:
+    """bool: tokens that lose their objective to the off-policy mask or to tokens of higher entropy."""
+    dropped = torch.zeros_like(rows.mask)
+    if config.off_policy_threshold is not None:
+        dropped = is_off_policy(logprobs, rows, config.off_policy_threshold)
+    if config.top_entropy < 1:
+        dropped = dropped | ~top_entropy(entropy, rows.mask, config.top_entropy)
+    return dropped
 
 
 def is_off_policy(logprobs: Tensor, rows: Rows, threshold: float) -> Tensor:
