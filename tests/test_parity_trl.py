@@ -7,21 +7,22 @@ Real, end to end, in `real_step`: the rollout enters by `rollout_func`, the trai
 log-probabilities and normaliser, and its loss goes through the model's forward and fused head. That is float32.
 
 Prepared, in `trl_loss`: the trainer's `_get_per_token_logps_and_entropies` reads given float64 logits with TRL's
-`selective_log_softmax_and_entropy`, and the inputs of `_compute_loss` come from `cases.make_batch`. Importance ratios of
-vLLM are TRL's: `rollout_inputs` lets the trainer's `_generate_and_score_completions` form them, as vLLM is not there.
-What `GRPOTrainer.__init__` would start a server or load a reference model for is set on the object (`beta`, `use_vllm`).
+`selective_log_softmax_and_entropy`, and the inputs of `_compute_loss` come from `cases.make_batch`. Importance ratios
+of vLLM are TRL's: `rollout_inputs` lets the trainer's `_generate_and_score_completions` form them; no vLLM is needed.
+For `beta` and `use_vllm` `GRPOTrainer.__init__` would load a model or start a server: they are set on the object. A
+second rank is a number that the accelerator tells.
 
 `table()` gives what the tests find, for the documentation; the numbers in it are computed when it is called.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 import warnings
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -54,7 +55,14 @@ from trl.trainer.utils import selective_log_softmax_and_entropy  # noqa: E402
 EXACT = 1e-12  # relative, of float64
 ROUNDED = 1e-5  # of float32 through a model
 VOCAB = 18  # of the tokenizer
-SHIFTS = (0.3, -0.4, -0.3, 0.2, 0.5, -0.1)  # of the log-ratios of each response, whose advantages have signs + - + 0 - +
+SHIFTS = (
+    0.3,
+    -0.4,
+    -0.3,
+    0.2,
+    0.5,
+    -0.1,
+)  # of the log-ratios of each response, whose advantages have signs + - + 0 - +
 LENGTHS = (6, 3, 5, 6, 2, 4)
 LONGEST = 8  # of a completion that the trainer expects
 TOKEN_BOUNDS, SEQUENCE_BOUNDS = (0.2, 0.28), (0.05, 0.1)
@@ -153,7 +161,7 @@ def rollout_inputs(batch: Batch, sampler: Tensor, **settings) -> tuple[GRPOTrain
 
 @cache
 def make() -> Batch:
-    """float64, padded, ragged, with masked tokens in the middle; ratios of tokens and of responses beyond the bounds."""
+    """float64, padded, ragged, with masked tokens in the middle; ratios of tokens and responses beyond the bounds."""
     batch = make_batch(VOCAB, "padded", torch.float64, lengths=LENGTHS)
     shift = torch.tensor(SHIFTS, dtype=torch.float64)[:, None]
     return replace(
@@ -288,7 +296,10 @@ def cases() -> dict[str, Case]:
     )  # fmt: skip
     result["top entropy"] = case_of("dapo", trl={"top_entropy_quantile": 0.3}, top_entropy=0.3)
     result["top entropy and KL"] = case_of(
-        "grpo", trl={"top_entropy_quantile": 0.3, "beta": 0.3, "use_bias_correction_kl": False}, top_entropy=0.3, kl_coef=0.3
+        "grpo",
+        trl={"top_entropy_quantile": 0.3, "beta": 0.3, "use_bias_correction_kl": False},
+        top_entropy=0.3,
+        kl_coef=0.3,
     )
     for name in ("bnpo", "dapo"):  # where the policy's normaliser is the number of tokens, as the bonus's is
         result[f"entropy bonus, {name}"] = case_of(name, trl={"entropy_coef": 0.2}, entropy_coef=0.2)
@@ -384,7 +395,7 @@ def part(batch: Batch, start: int, end: int) -> Batch:
 def in_parts(trainer: GRPOTrainer, bounds: tuple[int, ...], **changes) -> Result:
     """TRL's loss micro-batch by micro-batch, each with the number of tokens of all; added up."""
     batch = make()
-    parts = [part(batch, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [part(batch, a, b) for a, b in pairwise(bounds)]
     changes = {"num_items_in_batch": batch.mask.sum()} | changes
     results = [trl_loss(trainer, some, prepared_inputs(some, **changes)) for some in parts]
     return Result(sum(r.loss for r in results), None, None, torch.cat([r.dlogits for r in results]))
@@ -392,7 +403,7 @@ def in_parts(trainer: GRPOTrainer, bounds: tuple[int, ...], **changes) -> Result
 
 def ours_in_parts(bounds: tuple[int, ...], config: PolicyLossConfig, normalizer: float) -> Result:
     batch = make()
-    parts = [part(batch, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [part(batch, a, b) for a, b in pairwise(bounds)]
     results = [our_loss(some, config, normalizer=normalizer) for some in parts]
     return Result(sum(r.loss for r in results), None, None, torch.cat([r.dlogits for r in results]))
 
@@ -448,8 +459,11 @@ def mean_of_means(loss_type: str, bounds: tuple[int, ...], count: int) -> list[R
     expected = in_parts(make_trainer(**trl), bounds)
     whole = our_loss(make(), case.config)
     equal(error(ours_in_parts(bounds, case.config, count), whole))
-    sizes = ", ".join(str(b - a) for a, b in zip(bounds, bounds[1:], strict=False))
-    setting, unit = f"{of_trl(trl)}, micro-batches of {sizes} responses", "tokens" if loss_type == "bnpo" else "responses"
+    sizes = ", ".join(str(b - a) for a, b in pairwise(bounds))
+    setting, unit = (
+        f"{of_trl(trl)}, micro-batches of {sizes} responses",
+        "tokens" if loss_type == "bnpo" else "responses",
+    )
     ours = of_ours(case.config, f"normalizer= {unit} of the batch")
     if loss_type == "grpo" and sizes == "3, 3":
         return [(setting, ours, equal(error(whole, expected)))]
@@ -611,8 +625,8 @@ def off_policy_mask() -> list[Row]:
 
 
 def high_entropy_mask() -> list[Row]:
-    """`get_high_entropy_mask` itself. It is `torch.quantile` in float32: where share (n - 1) is a whole number, the rank
-    may be rounded past the token that stands there."""
+    """`get_high_entropy_mask` itself. It is `torch.quantile` in float32: where share (n - 1) is a whole number, the
+    rank may be rounded past the token that stands there."""
     trainer, draw = make_trainer(), torch.Generator().manual_seed(0)
     apart, pairs = [], [(share, n) for share in (5, 10, 20, 29, 50, 70, 90, 100) for n in range(1, 182)]
     for percent, n in pairs:
@@ -625,8 +639,8 @@ def high_entropy_mask() -> list[Row]:
             assert percent * (n - 1) % 100 == 0 and ours.sum() == theirs.sum() + 1, (percent, n)
             apart.append((percent / 100, n))
     why = (
-        f"{len(apart)} of {len(pairs)} pairs of share and n, such as {apart[0]}: the rank of float32 `torch.quantile` is "
-        "a rounding above the whole number share (n - 1), and the token of that rank is lost"
+        f"{len(apart)} of {len(pairs)} pairs of share and n, such as {apart[0]}: in float32 the rank of torch.quantile "
+        "is a rounding above the whole number that it should be, and the token that stands there is lost"
     )
     return [
         (f"get_high_entropy_mask, {len(pairs) - len(apart)} pairs of share and n", "top_entropy_mask", equal(0.0)),
@@ -715,7 +729,9 @@ def fused_head_with_minus_inf() -> list[Row]:
     def exact(columns: int) -> Result:
         """float64, on the columns that are not banned."""
         fewer = (weight[columns:].double(), bias[columns:].double())
-        return statistics_of(lambda h, w, b: linear_token_logprobs(h, w, tokens - columns, bias=b), hidden.double(), *fewer)
+        return statistics_of(
+            lambda h, w, b: linear_token_logprobs(h, w, tokens - columns, bias=b), hidden.double(), *fewer
+        )
 
     name = "ChunkedLogProbFunction"
     same = max(error(statistics_of(f, hidden, weight, bias), exact(0)) for f in (trl, ours))
@@ -792,7 +808,9 @@ def sampled_token_of_probability_zero() -> list[Row]:
     truth = trl_loss(make_trainer(**case.trl), rest, inputs)
     outcome = equal(error(our_loss(bad, case.config, old_logprobs=None), truth))
     why = f"TRL's loss is NaN; ours is {outcome} to TRL's with that token adding nothing"
-    return [(f"{of_trl(case.trl)}, on-policy, a sampled token of logit -inf", of_ours(case.config), differs(math.inf, why))]
+    return [
+        (f"{of_trl(case.trl)}, on-policy, a sampled token of logit -inf", of_ours(case.config), differs(math.inf, why))
+    ]
 
 
 # ---- a step of the real trainer
@@ -871,9 +889,8 @@ def test_finding(finding):
 
 
 def table() -> list[tuple[str, str, str, str]]:
-    """(peer, its setting, ours, outcome): "equal to" the largest relative error of loss and gradient, or "differs: why".
-
-    Raises AssertionError where a peer, or ours, gives something else than these tests expect.
+    """(peer, its setting, ours, outcome): "equal to" the largest relative error of loss and gradient, or "differs:
+    why". Raises AssertionError where a peer, or ours, gives something else than these tests expect.
     """
     rows = [(of_trl(case.trl), of_ours(case.config), equal(case.error())) for case in CASES.values()]
     rows += [vllm(*mode) for mode in MODES]
