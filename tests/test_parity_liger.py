@@ -189,13 +189,22 @@ def difference(peer: str, case: trl.Case, ratio: str) -> str:
     return FLAT if peer == TRITON and low and not per_response else ""
 
 
-PAIRS = [(peer, name) for name in CASES for peer in (LINEAR, TRITON)]
+def pairs() -> list[tuple[str, str]]:
+    """What reads beyond the end of a tensor is run once only."""
+    everything = [(peer, name) for name in CASES for peer in (LINEAR, TRITON)]
+    reads_beyond = [pair for pair in everything if OUT_OF_BOUNDS in difference(pair[0], *CASES[pair[1]])]
+    return [pair for pair in everything if pair not in reads_beyond[1:]]
+
+
+PAIRS = pairs()
 
 
 def compare(peer: str, name: str) -> str:
     case, ratio = CASES[name]
     value = error((linear if peer == LINEAR else kernel)(case, ratio), our_loss(case.config, ratio))
     why = difference(peer, case, ratio)
+    if OUT_OF_BOUNDS in why and value > 1e-3:
+        value = float("inf")  # it is whatever lies there
     return trl.differs(value, f"{why}; {settled(case, ratio)}") if why else trl.equal(value, ROUNDED)
 
 
