@@ -409,10 +409,19 @@ def test_clip_cov_draws_as_many_of_the_same_candidates(share):
     assert not all(torch.equal(draw, draws[0]) for draw in draws)
 
 
-@pytest.mark.parametrize("share", [*SHARES, 1.0])
+@pytest.mark.parametrize("share", SHARES)
 def test_kl_cov_selects_the_same_tokens(share):
     batch = with_credit()
     assert torch.equal(select(batch, "kl_cov", share), taken(batch, "kl_cov", share))
+
+
+def test_kl_cov_selects_no_token_whose_covariance_is_not_positive():
+    """Of verl's the larger part, when the share is that of all tokens: there it takes them as well."""
+    batch = with_credit()
+    ours, theirs = select(batch, "kl_cov", 1.0), taken(batch, "kl_cov", 1.0)
+    assert torch.equal(theirs, batch.mask) and not (ours & ~batch.mask).any() and 0 < ours.sum() < theirs.sum()
+    for share in SHARES:
+        assert not (select(batch, "kl_cov", share) & ~ours).any()
 
 
 # ---- equal: aggregation
@@ -763,8 +772,8 @@ def ties_of_kl_cov() -> Different:
     found = both(batch, config, PolicyLossConfig(objective="kl_cov", hyper={"share": 0.25}))
     found["theirs"] = torch.cat([found["theirs"][:1], found["theirs"][1:].sort().values])  # any one of them
     return Different(
-        **found, by_their_rule=[-r + 0.5 / 4, *[-r / 4] * 3, (1 - r) / 4], by_definition=[-r + 0.5, *[(1 - r) / 4] * 4],
-        setting="loss_mode='kl_cov', equal covariances", why="any of those that tie; all of them here",
+        **found, by_their_rule=[-r + 0.5 / 4, *[-r / 4] * 3, (1 - r) / 4], by_definition=[-r, *[-r / 4] * 4],
+        setting="loss_mode='kl_cov', equal advantages", why="one of them, though none is positive; none here",
     )  # fmt: skip
 
 
