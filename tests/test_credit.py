@@ -246,6 +246,8 @@ def test_presets_drop_and_penalties_keep():
     kept = {
         name: len(plan_credit(advantages, lengths, max_tokens=9, config=c).responses) for name, c in PRESETS.items()
     }
-    assert set(kept.values()) == {1}
+    selecting = {name for name, n in kept.items() if n == 2}  # among the tokens of a call
+    assert selecting == {"clip_cov", "kl_cov", "top_entropy"}
+    assert set(kept.values()) == {1, 2}
     config = replace(PRESETS["grpo"], kl_coef=0.04)
     assert len(plan_credit(advantages, lengths, max_tokens=9, config=config).responses) == 2

@@ -411,7 +411,7 @@ def operator_arguments(case, triton, wanted):
     leaves = tuple(x.clone().requires_grad_(w) for x, w in zip(case.parameters.values(), wanted, strict=True))
     weights = torch.full(case.batch.tokens.shape, 1 / 16, device=case.hidden.device)
     advantages = -case.batch.advantages.abs()  # opcheck multiplies by the sign of the loss, here 1
-    rows = (case.batch.tokens, weights, advantages, case.batch.old_logprobs, None, None)
+    rows = (case.batch.tokens, weights, advantages, case.batch.old_logprobs, *[None] * 5)
     operand = library._operand_and_wanted(*leaves, triton)
     settings = (*library._pack(DAPO), 1.5, 8.0, "all", 10_000, None, *operand, triton)
     return (*leaves, *rows, *settings)

@@ -309,7 +309,8 @@ def test_rows_that_nobody_asks_for_are_not_read(case, entropy, backend, device):
     metrics = policy_loss(batch.logits, batch.tokens, leaf, **{**keywords, "mask": read}).metrics
     assert_bitwise(out.loss, whole.loss, "loss")
     assert not out.loss.requires_grad
-    metrics["active_fraction"] = read.sum() / (batch.mask != 0).sum().clamp(min=1)
+    metrics["tokens"] = (batch.mask != 0).sum().double()
+    metrics["active_fraction"] = read.sum() / metrics["tokens"].clamp(min=1)
     unknown = "entropy" if entropy == "none" else "entropy_zero" if CONFIGS[case.config].skips_zero_credit else "-"
     assert set(out.metrics) == {name for name in metrics if not name.startswith(unknown)}
     for name, value in out.metrics.items():
