@@ -225,7 +225,7 @@ def test_liger_differs_and_trl_is_ours(peer, name):
 Row = tuple[str, str, str, str]
 
 
-def slope(loss, step: float = 1e-2) -> tuple[float, float]:
+def slope(loss, step: float) -> tuple[float, float]:
     """Central difference of a loss of (hidden, weight) along the signs of a random direction of hidden, and what its
     own gradient says."""
     hidden, weight = leaves()
@@ -290,17 +290,11 @@ def normalizer_chunks_on_policy() -> list[Row]:
     """num_items_in_batch is our normalizer; several responses in a chunk; no old log-probabilities."""
     case, rows = trl.case_of("dapo"), []
     expected = our_loss(case.config, normalizer=100)
-    for peer, got in ((LINEAR, linear(case, num_items_in_batch=torch.tensor(100))),
-                      (LINEAR, linear(case, chunk_size=4, num_items_in_batch=torch.tensor(100)))):  # fmt: skip
-        outcome = trl.equal(error(got, expected), ROUNDED)
-        rows.append(
-            (
-                peer,
-                f"{trl.of_trl(case.trl)}, num_items_in_batch=100",
-                trl.of_ours(case.config, "normalizer=100"),
-                outcome,
-            )
-        )
+    for chunk_size in (1, 4):
+        got = linear(case, chunk_size=chunk_size, num_items_in_batch=torch.tensor(100))
+        setting = f"{trl.of_trl(case.trl)}, num_items_in_batch=100, chunk_size={chunk_size}"
+        ours = trl.of_ours(case.config, "normalizer=100")
+        rows.append((LINEAR, setting, ours, trl.equal(error(got, expected), ROUNDED)))
     for loss_type in ("grpo", "cispo", "vespo"):
         case = trl.case_of(loss_type)
         expected = our_loss(case.config, old_logprobs=None)
