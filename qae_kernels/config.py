@@ -164,7 +164,7 @@ class PolicyLossConfig:
         a sequence without any unmasked token is not counted.
     eps_low, eps_high: clip bounds; the ratio is clipped to [1 - eps_low, 1 + eps_high].
     dual_clip: c > 1 bounds the loss of negative advantages by `-c A` (arXiv 1912.09729, eq. 5); TRL's `delta`
-        (INTELLECT-2, arXiv 2505.07291). None: off.
+        (INTELLECT-2, arXiv 2505.07291) where that is at least 1 + eps_high. None: off.
     kl_coef: weight of the KL penalty to `ref_logprobs` (needs them when not 0).
     kl_estimator: with d = ref_logprob - logprob: "k1" -d, "k2" d^2/2, "k3" exp(d) - 1 - d
         (Schulman, "Approximating KL divergence", 2020); "k3_is": r times k3 (DeepSeek-V3.2, arXiv 2512.02556).

@@ -27,6 +27,8 @@ import test_parity_trl as trl
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
+pytestmark = pytest.mark.slow
+
 ROUNDED = 2e-5  # of float32, whose losses are sums of terms of both signs that cancel
 DIM = 12
 DEVICE = "cuda" if HAS_GPU else "cpu"  # of the Triton kernel

@@ -52,7 +52,10 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer  # noqa: E402
 from trl.kernels import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer.utils import selective_log_softmax_and_entropy  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # TRL's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # TRL's own
+]
 
 EXACT = 1e-12  # relative, of float64
 ROUNDED = 1e-5  # of float32 through a model
