@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from cases import LAYOUTS, assert_same, make_batch, optional_arguments, reference, run
 from head_cases import assert_head_right, make_head_case, run_head
-from tolerances import assert_bitwise
+from tolerances import assert_bitwise, assert_gradient, assert_statistics
 
 from qae_kernels import (
     PRESETS,
@@ -270,7 +270,7 @@ def test_a_token_of_probability_zero_stays_in_its_response(name, backend, device
     got = run(replace(batch, logits=logits), advantages, config, backend=backend, **keywords)
     others = slice(5, None)
     assert got.logprobs[0] == -torch.inf
-    torch.testing.assert_close(got.dlogits[others], expected.dlogits[others], rtol=1e-6, atol=1e-9)
+    assert_bitwise(got.dlogits[others], expected.dlogits[others], "gradient of the other responses")
     assert not got.dlogits.isnan().any()
 
 
@@ -303,8 +303,8 @@ def test_selection_of_a_whole_batch_in_micro_batches(backend, device):
                 run(part, part.advantages, per_call, backend=backend, mask=part.mask, old_logprobs=part.old_logprobs,
                     normalizer=total, **values)
             )  # fmt: skip
-        torch.testing.assert_close(sum(p.loss for p in pieces), whole.loss, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(torch.cat([p.dlogits for p in pieces]), whole.dlogits, rtol=1e-6, atol=1e-9)
+        assert_statistics(sum(p.loss for p in pieces), whole.loss.double(), whole.dlogits.dtype, "loss")
+        assert_bitwise(torch.cat([p.dlogits for p in pieces]), whole.dlogits, "gradient")
         plan = plan_credit(torch.tensor([1.0, 0.0]), torch.tensor([3, 4]), max_tokens=9, config=config)
         assert len(plan.responses) == 2, "a response without credit counts in the selection"
 
@@ -452,8 +452,8 @@ def test_own_objective(own_objective, width, backend, device):
     credit = batch.mask & (advantages != 0)
     loss = losses[credit].sum() / batch.mask.sum()
     loss.backward()
-    torch.testing.assert_close(got.loss.double(), loss.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got.dlogits.double(), logits.grad, rtol=1e-5, atol=1e-7)
+    assert_statistics(got.loss, loss.detach(), torch.float32, "loss")
+    assert_gradient(got.dlogits, logits.grad, torch.float32)
 
 
 def test_own_objective_from_hidden_states(own_objective, backend, device):
@@ -474,7 +474,7 @@ def test_own_objective_that_moves_tokens_without_credit(device, backend):
                   old_logprobs=batch.old_logprobs, entropy="active")  # fmt: skip
         exact = reference(batch, torch.zeros_like(batch.advantages), config, mask=batch.mask,
                           old_logprobs=batch.old_logprobs)  # fmt: skip
-        torch.testing.assert_close(out.dlogits.double(), exact.dlogits, rtol=1e-5, atol=1e-7)
+        assert_gradient(out.dlogits, exact.dlogits, torch.float32)
         assert (out.dlogits[batch.mask].abs().amax(1) > 0).all()
     finally:
         del OBJECTIVES["pull"]
@@ -515,7 +515,7 @@ def test_objectives_that_change_or_go(backend, device):
         register_objective("mine", reference_objectives.clip)
         expected = run(batch, advantages, PolicyLossConfig(), backend=backend, **keywords)
         got = run(batch, advantages, PolicyLossConfig(objective="mine"), backend=backend, **keywords)
-        torch.testing.assert_close(got.dlogits, expected.dlogits, rtol=1e-6, atol=1e-8)
+        assert_gradient(got.dlogits, expected.dlogits.double(), torch.float32)
         register_objective("mine", faded)
         config = PolicyLossConfig(objective="mine", hyper={"width": 0.3})
         register_objective("mine", pull, skips_zero_advantage=False)

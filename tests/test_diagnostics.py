@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import socket
 from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 from cases import CONFIGS, make_batch, optional_arguments
+from ranks import run_ranks, uneven_shares
 
 from qae_kernels import (
     PRESETS,
@@ -211,14 +211,10 @@ def test_micro_batches_add_up(size, backend, device):
     assert Diagnostics.empty().as_dict() == {} and total.all_reduce().as_dict() == total.as_dict()
 
 
-def one_rank(rank, port, folder):
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=3)
-    torch.set_num_threads(1)
-    rows = (torch.arange(7), torch.arange(7, 16), torch.arange(0))[rank]  # one of them has nothing
-    group = torch.distributed.new_group([0, 1, 2])
-    batch = make_batch(57).rows(rows)
-    results = {"diagnostics": step("torch", "cpu", rows).all_reduce().as_dict()}
+def of_a_rank(rank, world_size, group, device):
+    rows = uneven_shares(rank, world_size)(torch.arange(16, device=device))  # the last of three has nothing
+    batch = make_batch(57, device=device).rows(rows)
+    results = {"diagnostics": step("torch", device, rows).all_reduce().as_dict()}
     results["entropy"] = top_entropy_mask(batch.ref_logprobs.abs(), 0.3, mask=batch.mask, process_group=group)
     for objective in ("kl_cov", "clip_cov"):
         hyper = {"share": 0.3} | ({"low": -2.0, "high": 2.0} if objective == "clip_cov" else {})
@@ -226,21 +222,17 @@ def one_rank(rank, port, folder):
             batch.old_logprobs, batch.advantages, config=PolicyLossConfig(objective=objective, hyper=hyper),
             mask=batch.mask, process_group=group,
         )  # fmt: skip
-    torch.save(results, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
-def test_ranks_are_one_batch(tmp_path):
-    """Three ranks, one of them without tokens: the diagnostics and selections of the whole batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(one_rank, (port, tmp_path), nprocs=3)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
-    expected = step("torch", "cpu").as_dict()
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_are_one_batch(world_size, device):
+    """Two ranks; three, of which one has no token: the diagnostics and selections of the whole batch."""
+    ranks = run_ranks(of_a_rank, world_size, device)
+    expected = step("torch", device).as_dict()
     for results in ranks:
         assert results["diagnostics"] == pytest.approx(expected, rel=1e-9)
-    batch = make_batch(57)
+    batch = make_batch(57, device=device)
     together = {name: torch.cat([r[name] for r in ranks]) for name in ("entropy", "kl_cov", "clip_cov")}
     assert torch.equal(together["entropy"], top_entropy_mask(batch.ref_logprobs.abs(), 0.3, mask=batch.mask))
     config = PolicyLossConfig(objective="kl_cov", hyper={"share": 0.3})
