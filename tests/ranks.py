@@ -16,7 +16,7 @@ def uneven_shares(rank, world_size):
     return lambda x: x[round(parts[rank] * len(x)) : round(parts[rank + 1] * len(x))]
 
 
-def run_ranks(function, world_size, device):
+def run_ranks(function, world_size, device, map_location=None):
     """The results, by rank, of `function(rank, world_size, group, device)`, a function of a test module."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -28,7 +28,7 @@ def run_ranks(function, world_size, device):
             process.start()
         for process in processes:
             process.join()
-        results = [torch.load(f"{folder}/{rank}") for rank in range(world_size)]
+        results = [torch.load(f"{folder}/{rank}", map_location=map_location) for rank in range(world_size)]
     for rank, result in enumerate(results):
         assert not isinstance(result, str), f"rank {rank} of {world_size}:\n{result}"
     return results

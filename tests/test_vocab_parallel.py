@@ -1,16 +1,13 @@
 """Vocabularies dealt out over 2 and 4 ranks, real processes that talk through gloo, against one process."""
 
-import multiprocessing
-import tempfile
-import traceback
 from dataclasses import replace
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 from cases import CONFIGS, optional_arguments
 from head_cases import make_head_case
+from ranks import run_ranks
 from tolerances import assert_bitwise, assert_gradient, assert_statistics
 
 from qae_kernels import library, linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
@@ -122,27 +119,15 @@ def errors(columns, group, device):
             call()
 
 
-def work(rank, world_size, folder, device):
-    """One rank; leaves what it got, or why it failed, in the folder."""
-    try:
-        torch.set_num_threads(1)
-        if device == "cuda":  # one GPU for all ranks: gloo carries its tensors
-            torch.cuda.set_device(0)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
-                                timeout=timedelta(minutes=2))  # fmt: skip
-        before = sum(SLICES[world_size][:rank])
-        columns = slice(before, before + SLICES[world_size][rank])
-        results = everything(columns, dist.group.WORLD, device)
-        if world_size == 4:
-            groups = [dist.new_group(ranks) for ranks in PAIRS]
-            results["pairs"] = of_a_pair(groups[rank % 2], device)
-        errors(columns, dist.group.WORLD, device)
-    except BaseException:
-        results = traceback.format_exc()
-    finally:
-        torch.save(results, f"{folder}/{rank}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def of_a_rank(rank, world_size, group, device):
+    before = sum(SLICES[world_size][:rank])
+    columns = slice(before, before + SLICES[world_size][rank])
+    results = everything(columns, group, device)
+    if world_size == 4:
+        groups = [dist.new_group(ranks) for ranks in PAIRS]
+        results["pairs"] = of_a_pair(groups[rank % 2], device)
+    errors(columns, group, device)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -150,27 +135,11 @@ def alone(device):
     return everything(slice(None), None, device)
 
 
-def run_ranks(world_size, device):
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=work, args=(rank, world_size, folder, device)) for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        results = [torch.load(f"{folder}/{rank}", map_location="cpu") for rank in range(world_size)]
-    for rank, result in enumerate(results):
-        assert not isinstance(result, str), f"rank {rank} of {world_size}:\n{result}"
-    return results
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", SLICES)
 def test_same_as_one_process(world_size, alone, device):
     """Loss, statistics and the gradient of hidden whole on every rank, every other gradient a slice."""
-    ranks = run_ranks(world_size, device)
+    ranks = run_ranks(of_a_rank, world_size, device, map_location="cpu")
     for key, expected in alone.items():
         dtype = torch.float64 if "float64" in key else torch.float32
         for i, whole in enumerate(expected):
