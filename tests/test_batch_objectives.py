@@ -412,6 +412,21 @@ def test_rollout_correction(low, high, layout, level, mode):
     torch.testing.assert_close(got.view(-1), expected, rtol=1e-12, atol=1e-15)
 
 
+def test_tokens_without_a_sampler_say_nothing_about_their_response(backend, device):
+    """NaN counts as agreed upon: a response of which nothing is known is not off-policy, another one is."""
+    batch = make_batch(57, device=device)
+    advantages = -batch.advantages.abs()
+    rollout = torch.full_like(batch.old_logprobs, torch.nan)
+    rollout[:5] = 0.0  # of probability 1 to the sampler: far off
+    keywords = {"mask": batch.mask, "old_logprobs": batch.old_logprobs, "cu_seqlens": batch.cu_seqlens}
+    config = PolicyLossConfig(off_policy_threshold=0.5)
+    got = run(batch, advantages, config, backend=backend, rollout_logprobs=rollout, **keywords)
+    expected = run(batch, advantages, PolicyLossConfig(), backend=backend, **keywords).dlogits
+    expected[:5] = 0
+    torch.testing.assert_close(got.dlogits, expected, rtol=1e-6, atol=1e-9)
+    assert (expected != 0).any()
+
+
 # ---- a user's own objective
 
 
@@ -497,6 +512,19 @@ def test_own_objective_that_moves_tokens_without_credit(device, backend):
 def test_objectives_that_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         register_objective(*arguments)
+
+
+def test_own_objective_of_a_token_without_credit_counts_nothing(backend, device):
+    """Whatever the function says of it."""
+    register_objective("one", lambda log_ratio, logprobs, advantages: 1 + 0 * logprobs)
+    try:
+        batch = make_batch(57, device=device)
+        got = run(batch, batch.advantages, PolicyLossConfig(objective="one"), backend=backend, mask=batch.mask)
+        assert got.loss.item() == pytest.approx(
+            ((batch.advantages != 0) & batch.mask).sum().item() / batch.mask.sum().item()
+        )
+    finally:
+        del OBJECTIVES["one"]
 
 
 def test_twins_that_are_refused():
