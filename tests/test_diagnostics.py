@@ -142,6 +142,8 @@ def test_ratio_of_responses(layout, backend, device):
     assert got["ratio_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
     assert got["ratio_max"] == pytest.approx(max(ratios), rel=1e-5)
     assert got["ratio_min"] == pytest.approx(min(ratios), rel=1e-5)
+    of_tokens = log_ratio[batch.mask]
+    assert got["approx_kl"] == pytest.approx((of_tokens.exp() - 1 - of_tokens).mean().item(), rel=1e-5), "of tokens"
     assert got["clip_fraction_low"] == pytest.approx(low / len(ratios))
     assert got["clip_fraction_high"] == pytest.approx(high / len(ratios)) and low + high > 0
 
@@ -165,6 +167,25 @@ def test_bounds_are_those_of_the_objective(name, bounds, backend, device):
     credit = (batch.mask & (advantages != 0)).sum() - (0 if name == "cispo" else (low | high).sum())
     assert out.metrics["effective_tokens"].item() == credit.item()
     assert name not in ("dapo", "gmpo") or (low | high).any()
+
+
+@pytest.mark.parametrize("name", ["ppo", "top_entropy", "off_policy", "k3", "cispo"])
+def test_effective_tokens_are_those_with_a_gradient(name, backend, device):
+    """Dual clip, tokens of higher entropy and the off-policy mask stop a token as a clip bound does; a KL term goes on
+    where the objective stops."""
+    batch = make_batch(57, device=device)
+    advantages, keywords = optional_arguments(batch, ref=CONFIGS[name].kl_coef != 0)
+    keywords["old_logprobs"] = keywords["old_logprobs"] - torch.linspace(-1, 2, 16, device=device)
+    logits = batch.logits.requires_grad_()
+    out = policy_loss(logits, batch.tokens, advantages, config=CONFIGS[name], backend=backend, **keywords)
+    out.loss.backward()
+    moved = (logits.grad != 0).any(-1).sum().item()
+    assert out.metrics["effective_tokens"].item() == moved
+    credit = (batch.mask & (advantages != 0)).sum().item()
+    assert moved < credit or name in ("k3", "cispo")
+    if name == "ppo":
+        ratio = (out.logprobs - keywords["old_logprobs"]).exp()
+        assert (batch.mask & (ratio > 3) & (advantages < 0)).any(), "want the dual clip"
 
 
 @pytest.mark.parametrize("on_policy", [False, True])

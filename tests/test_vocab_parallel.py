@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import CONFIGS, optional_arguments
-from head_cases import make_head_case
+from head_cases import make_head_case, run_head
 from ranks import run_ranks
 from tolerances import assert_bitwise, assert_gradient, assert_statistics
 
 from qae_kernels import library, linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
+from qae_kernels.linear_head import LinearHead
 from qae_kernels.vocab_parallel import VocabParallel
 
 SLICES = {2: (20, 37), 4: (16, 1, 31, 9)}  # columns of each rank, of 57
@@ -175,6 +176,22 @@ def group_of_one(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+def test_rows_without_credit_are_formed_once(group_of_one, backend, device, monkeypatch):
+    """For their entropy, and not for a gradient that they do not have; a slice alone could not tell."""
+    formed, chunks = [], LinearHead.chunks
+
+    def counted(head, rows, **more):
+        formed.append(len(rows))
+        return chunks(head, rows, **more)
+
+    monkeypatch.setattr(LinearHead, "chunks", counted)
+    case = make_head_case(57, device=device)
+    _, keywords = optional_arguments(case.batch)
+    run_head(case, case.batch.per_response, CONFIGS["gspo"], backend=backend, process_group=group_of_one, **keywords)
+    credit = (case.batch.spread(case.batch.per_response) != 0) & case.batch.mask
+    assert formed == [case.batch.mask.sum(), credit.sum()] and formed[1] < formed[0]
 
 
 @pytest.mark.parametrize("inference", [False, True])
