@@ -105,10 +105,14 @@ class Diagnostics:
         return metrics
 
     def _of_tokens(self) -> dict[str, Tensor]:
-        table = {(where, what): self.sums[i, j] for i, where in enumerate(WHERE) for j, what in enumerate(WHAT)}
+        counts = {what: self.sums[:, WHAT.index(what), None].clamp(min=1) for what in ("tokens", "entropies", "scored")}
+        means = {what: self.sums / count for what, count in counts.items()}
+
+        def total(what: str, where: str) -> Tensor:
+            return self.sums[WHERE.index(where), WHAT.index(what)]
 
         def mean(what: str, where: str = "read", count: str = "tokens") -> Tensor:
-            return table[where, what] / table[where, count].clamp(min=1)
+            return means[count][WHERE.index(where), WHAT.index(what)]
 
         extremes = torch.where(self.extremes == -torch.inf, 0, self.extremes)
         metrics = {
@@ -119,9 +123,9 @@ class Diagnostics:
             "ratio_min": -extremes[1],
             "approx_kl": mean("approx_kl"),
             "kl": mean("kl"),
-            "tokens": table["unmasked", "tokens"],
+            "tokens": total("tokens", "unmasked"),
             "active_fraction": mean("active", "unmasked"),
-            "effective_tokens": table["read", "effective"],
+            "effective_tokens": total("effective", "read"),
         }
         if "entropy" in self.has:
             metrics["entropy"] = mean("entropy", count="entropies")

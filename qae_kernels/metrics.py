@@ -91,16 +91,16 @@ def loss_diagnostics(
         "hard": torch.zeros_like(read) if hard is None else read & hard,
         "easy": torch.zeros_like(read) if hard is None else read & ~hard,
     }  # fmt: skip
-    known = torch.stack([unmasked if name in ("tokens", "active") else read for name in WHAT])
-    summands = torch.where(known, torch.stack([values[name].double() for name in WHAT]), 0)
-    largest = torch.stack([ratio, -ratio, torch.where(scored, mismatch.abs(), 0)]).double()
-    largest = torch.where(read, largest, -torch.inf)
+    known = torch.where(read, torch.stack([values[name].to(zero.dtype) for name in WHAT]), 0).double()
+    for name in ("tokens", "active"):  # of which nothing has to be read
+        known[WHAT.index(name)] = torch.where(unmasked, values[name], 0)
+    largest = torch.where(read, torch.stack([ratio, -ratio, values["mismatch"]]), -torch.inf).double()
     has = {"loss", *(["hard"] if hard is not None else []), *(["rollout"] if rows.rollout_logprobs is not None else [])}
     if whose_entropy != "none":
         everything = whose_entropy == "all" or config.scope == "batch" or not config.skips_zero_credit
         has |= {"entropy", "zero"} if everything else {"entropy"}
     return Diagnostics.empty(
-        logprobs.device, sums=torch.stack([torch.where(where[name], summands, 0).sum(1) for name in WHERE]),
+        logprobs.device, sums=torch.stack([torch.where(where[name], known, 0).sum(1) for name in WHERE]),
         has=frozenset(has),
         extremes=largest.amax(1) if largest.numel() else largest.new_full((len(EXTREMES),), -torch.inf),
     )  # fmt: skip

@@ -304,7 +304,8 @@ def test_selection_of_a_whole_batch_in_micro_batches(backend, device):
                     normalizer=total, **values)
             )  # fmt: skip
         assert_statistics(sum(p.loss for p in pieces), whole.loss.double(), whole.dlogits.dtype, "loss")
-        assert_bitwise(torch.cat([p.dlogits for p in pieces]), whole.dlogits, "gradient")
+        # Not to the bit: PyTorch's exp of 6 numbers need not be that of 57.
+        assert_gradient(torch.cat([p.dlogits for p in pieces]), whole.dlogits.double(), whole.dlogits.dtype)
         plan = plan_credit(torch.tensor([1.0, 0.0]), torch.tensor([3, 4]), max_tokens=9, config=config)
         assert len(plan.responses) == 2, "a response without credit counts in the selection"
 
