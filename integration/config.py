@@ -50,16 +50,78 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """What is trained on and what is evaluated."""
+
+    train: str = "arithmetic"
+    """"arithmetic" (the toy task of `task`), "gym:<task>" of reasoning-gym, a preset ("dapo-math-17k"), a .jsonl or
+    .parquet file, or the name of a data set on the Hugging Face hub."""
+    evals: tuple[str, ...] = ("held-out",)
+    """Evaluated every `eval_every` steps: "held-out" (problems of the training task that are never trained on), presets
+    ("aime-2024", "aime-2025", "amc-2023"), "gym:<task>", files, hub names."""
+    split: str = "train"
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    verifier: str = "auto"
+    """"math" (math-verify), "exact", "gym" (reasoning-gym's own), "<module>:<function>" of yours; "auto": what suits the
+    data set."""
+    chat_template: bool = False
+    """Prompts go through the tokenizer's chat template; else they are taken as they are."""
+    instruction: str = ""
+    """Put after each problem, e.g. "Put the final answer within \\boxed{}."."""
+    held_out: int = 256
+    """Problems of a reasoning-gym task kept for evaluation."""
+    gym_options: str = "{}"
+    """Options of the reasoning-gym task, as JSON."""
+    curriculum_level: int | None = None
+    """Level of every attribute of the task's reasoning-gym curriculum. None: the task's own defaults."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """The processes that compare answers."""
+
+    workers: int = 1
+    timeout: float = 5.0
+    """Seconds for one answer; then its process is killed and the answer scores 0."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Where responses come from."""
+
+    engine: Literal["sampler", "transformers", "vllm", "vllm_server"] = "sampler"
+    """See integration/engines."""
+    server: str = "http://localhost:8000"
+    """Address of the vLLM server ("vllm_server")."""
+    timeout: float = 600.0
+    """Seconds without an answer after which the engine counts as stuck ("vllm", "vllm_server")."""
+    gpu_memory: float = 0.5
+    """Share of the GPU's memory that a colocated vLLM may take."""
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (peft) instead of all weights. rank 0: all weights are trained."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str = "all-linear"
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run. `python -m integration.train --help` shows the same."""
 
     preset: Literal["tiny"] = "tiny"
     """Named set of defaults that the other flags change."""
     name: str = "tiny"
-    """Results go to `<runs>/<name>/`; those of an earlier run of this name are overwritten."""
+    """Results go to `<runs>/<name>/`. The same command continues a run that was stopped there."""
     runs: Path = Path("runs")
-    init: Path | None = None
-    """Checkpoint folder to start from (model and tokenizer). None: a new model and a supervised warm start."""
+    init: str | None = None
+    """Model to start from: a folder, or a name on the Hugging Face hub. None: a new model and a supervised warm start."""
     seed: int = 0
     device: str = "auto"
     """"auto": the GPU if there is one."""
@@ -84,18 +146,39 @@ class TrainConfig:
     group_size: int = 16
     """Responses per prompt, G."""
     minibatches: int = 4
-    """Optimizer updates per rollout; each sees its share of the prompts once."""
+    """Shares of a rollout's prompts, with an optimizer update each."""
+    epochs: int = 1
+    """Times each rollout is gone through: epochs * minibatches updates, `old_logprobs` stay what they were."""
     max_tokens: int = 4096
     """Most tokens, prompts and responses, per forward and backward; changes the memory needed and not the result."""
     old_logprobs: Literal["sampler", "recompute"] = "sampler"
     """Log-probabilities that ratios start from: "sampler", its own; "recompute", those of the training path, once per
-    rollout and only for the responses with credit."""
+    rollout and only for the responses with credit (for all where the engine tells no entropy)."""
+    rollout_correction: Literal["none", "tis", "icepop"] = "none"
+    """Weights for the mismatch of sampler and trainer, with recomputed logprobs (`qae_kernels.rollout_correction`):
+    truncated importance sampling, or tokens beyond the bounds left out."""
     max_new_tokens: int = 48
     temperature: float = 1.0
 
+    dynamic_sampling: bool = False
+    """DAPO's: groups whose outcomes are all equal are drawn anew (arXiv 2503.14476, section 3.2)."""
+    max_rounds: int = 10
+    """Most rounds of drawing per step; the step then goes on with what it has."""
+    overlong_buffer: int = 0
+    """DAPO's soft punishment: the last tokens before `max_new_tokens` in which the penalty grows from 0 to
+    `overlong_penalty`. 0: none."""
+    overlong_penalty: float = 1.0
+    mask_truncated: bool = False
+    """Responses that reach `max_new_tokens` count in the group's statistics and are not trained on."""
+
     learning_rate: float = 1e-4
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; "cosine" ends at 0 with the last step."""
     warmup_steps: int = 5
     weight_decay: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward; weights and optimizer states are kept in float32."""
+    activation_checkpointing: bool = False
     max_grad_norm: float = 1.0
     loss: str = "dapo"
     """Named policy loss of `qae_kernels.PRESETS`: dapo, grpo, dr_grpo, gspo, cispo, sapo, clip_cov, kl_cov, ..."""
@@ -106,7 +189,19 @@ class TrainConfig:
     eval_every: int = 25
     eval_samples: int = 4
     """Responses per held-out problem."""
+    eval_temperature: float | None = None
+    """None: that of training."""
+    save_every: int = 25
+    """Steps between checkpoints; a run that is killed goes on from the last."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones, beside the best."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go beside metrics.jsonl."""
 
+    data: DataConfig = field(default_factory=DataConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -114,8 +209,8 @@ class TrainConfig:
     def __post_init__(self):
         if not 0 < self.k < 1:
             raise ValueError(f"k must be strictly between 0 and 1; got {self.k}")
-        counts = ("prompts_per_step", "group_size", "minibatches", "max_tokens", "max_new_tokens", "eval_every")
-        for name in (*counts, "eval_samples"):
+        counts = ("prompts_per_step", "group_size", "minibatches", "epochs", "max_tokens", "max_new_tokens", "max_rounds")
+        for name in (*counts, "eval_every", "eval_samples", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.prompts_per_step % self.minibatches:
