@@ -5,8 +5,8 @@
         run.json        everything else that the next step depends on: `RunState`
         manifest.json   size and SHA-256 of every other file
 
-A checkpoint is written beside the others under a name that nobody reads, brought to the disk, and renamed. No state of a
-random number generator is in it: every draw of a run comes from its seed, the step and the place in the step
+A checkpoint is written beside the others under a name that nobody reads, brought to the disk, and renamed. No state of
+a random number generator is in it: every draw of a run comes from its seed, the step and the place in the step
 (`integration/seeds.py`).
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedModel
 
 from . import parallel
@@ -59,25 +60,29 @@ def save(folder: Path, state: RunState, model: PreTrainedModel, optimizer: torch
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
     parallel.barrier()
+    failure = None
     try:
         parallel.save_state(partial / "state", model, optimizer)
         if parallel.rank() == 0:
             (partial / "run.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
             seal(partial)
-            shutil.rmtree(
-                target, ignore_errors=True
-            )  # one that could not be read: the run stands at the same step again
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one, whose step has been made again
             partial.rename(target)
             to_disk(folder)
             remove_old(folder, keep, state.best)
-    except Exception as error:  # torch and the operating system say "disk full" in several ways
-        shutil.rmtree(partial, ignore_errors=True)
+    except CheckpointException as error:  # not an Exception; one for each rank that failed
+        failure = "; ".join(str(what) for what, _ in error.failures.values())
+    except Exception as error:  # "disk full" is an OSError, a RuntimeError of torch, ...
+        failure = str(error)
+    failures = [f for f in parallel.gather(failure) if f]  # so that no rank waits for one that failed
+    if failures:
+        if parallel.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"no checkpoint of step {state.step} could be written to {folder} ({free / 1e9:.2f} GB free): {error}. "
+            f"no checkpoint of step {state.step} could be written to {folder} ({free / 1e9:.2f} GB free): {failures[0]}. "
             f"{describe(folder)}"
-        ) from error
-    parallel.barrier()
+        )
     return target
 
 

@@ -1,13 +1,13 @@
 """The responses that a step trains on: problems -> rollout -> verdicts, in one round, or in several with DAPO's dynamic
 sampling.
 
-Dynamic sampling (arXiv 2503.14476, section 3.2): a group whose outcomes are all equal teaches nothing, so it is left out
-and another problem is drawn, until the step has `prompts_per_step` groups or `max_rounds` are over. Each round draws as
-many problems as are missing. Responses without credit under QAE are another matter: their group has successes and
-failures, and stays.
+Dynamic sampling (arXiv 2503.14476, section 3.2): a group whose outcomes are all equal teaches nothing, so it is left
+out and another problem is drawn, until the step has `prompts_per_step` groups or `max_rounds` are over. Each round
+draws as many problems as are missing. Responses without credit under QAE are another matter: their group has successes
+and failures, and stays.
 
-A step that ends with fewer groups trains on those. One that finds no group at all, because every one is all right or all
-wrong, makes no update: its last round is logged, and `groups_kept` is 0.
+A step that ends with fewer groups trains on those. One that finds no group at all, because every one is all right or
+all wrong, makes no update: its last round is logged, and `groups_kept` is 0.
 """
 
 from __future__ import annotations

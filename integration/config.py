@@ -63,8 +63,8 @@ class DataConfig:
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     verifier: str = "auto"
-    """"math" (math-verify), "exact", "gym" (reasoning-gym's own), "<module>:<function>" of yours; "auto": what suits the
-    data set."""
+    """"math" (math-verify), "exact", "gym" (reasoning-gym's own), "<module>:<function>" of yours; "auto": what suits
+    the data set."""
     chat_template: bool = False
     """Prompts go through the tokenizer's chat template; else they are taken as they are."""
     instruction: str = ""
@@ -123,7 +123,7 @@ class TrainConfig:
     overwrite: bool = False
     """An earlier run of this name is deleted, not continued."""
     init: str | None = None
-    """Model to start from: a folder, or a name on the Hugging Face hub. None: a new model and a supervised warm start."""
+    """Model to start from: a folder, or a name on the Hugging Face hub. None: a new one and a supervised warm start."""
     seed: int = 0
     device: str = "auto"
     """"auto": the GPU if there is one."""

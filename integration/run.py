@@ -8,7 +8,6 @@ import platform
 import shutil
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch

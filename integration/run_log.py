@@ -11,7 +11,7 @@ from typing import Any
 class RunLog:
     """Appends to a file from a known length on; what a killed run wrote after that length is dropped.
 
-    A resumed run opens its log with the length that its checkpoint knows: the steps after it are made, and logged, anew.
+    A resumed run opens its log with the length that its checkpoint knows; the steps after it are made and logged anew.
     """
 
     def __init__(self, path: Path, length: int = 0):

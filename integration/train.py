@@ -1,5 +1,5 @@
-"""Reinforcement learning with verifiable rewards, from top to bottom: rollout -> verify -> advantages -> plan -> update ->
-log.
+"""Reinforcement learning with verifiable rewards, from top to bottom: rollout -> verify -> advantages -> plan -> update
+-> log.
 
     python -m integration.train --preset tiny                    QAE with K = 0.4
     python -m integration.train --preset tiny --baseline mean    the mean baseline of GRPO and DAPO
@@ -10,9 +10,9 @@ The same command continues a run that was stopped or killed, from its last check
 
 The update is in update.py: only responses with credit enter the model, packed without padding (packing.py).
 
-Where the preset "tiny" differs from the published recipe of QAE (arXiv 2509.22611, on DAPO, arXiv 2503.14476): a model of
-0.4 M parameters and sums of one-digit numbers; no dynamic sampling and no overlong shaping; Adam at 1e-4; 4 updates per
-rollout and not 16; `old_logprobs` are the sampler's own. recipes/ has the paper's.
+Where the preset "tiny" differs from the published recipe of QAE (arXiv 2509.22611, on DAPO, arXiv 2503.14476): a model
+of 0.4 M parameters and sums of one-digit numbers; no dynamic sampling and no overlong shaping; Adam at 1e-4; 4 updates
+per rollout and not 16; `old_logprobs` are the sampler's own. recipes/ has the paper's.
 """
 
 from __future__ import annotations
