@@ -80,8 +80,8 @@ def save(folder: Path, state: RunState, model: PreTrainedModel, optimizer: torch
             shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"no checkpoint of step {state.step} could be written to {folder} ({free / 1e9:.2f} GB free): {failures[0]}. "
-            f"{describe(folder)}"
+            f"no checkpoint of step {state.step} could be written to {folder} ({free / 1e9:.2f} GB free): "
+            f"{failures[0]}. {describe(folder)}"
         )
     return target
 
