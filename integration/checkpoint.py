@@ -55,7 +55,7 @@ def save(folder: Path, state: RunState, model: PreTrainedModel, optimizer: torch
     Raises CheckpointError, and leaves the checkpoints that were there, if it does not fit on the disk.
     """
     target, partial = folder / f"step_{state.step:06d}", folder / f"step_{state.step:06d}{PARTIAL}"
-    if parallel.rank() == 0:
+    if parallel.leads():
         for leftover in folder.glob(f"*{PARTIAL}"):  # of a run that was killed while it wrote
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
@@ -63,7 +63,7 @@ def save(folder: Path, state: RunState, model: PreTrainedModel, optimizer: torch
     failure = None
     try:
         parallel.save_state(partial / "state", model, optimizer)
-        if parallel.rank() == 0:
+        if parallel.leads():
             (partial / "run.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
             seal(partial)
             shutil.rmtree(target, ignore_errors=True)  # a damaged one, whose step has been made again
@@ -76,7 +76,7 @@ def save(folder: Path, state: RunState, model: PreTrainedModel, optimizer: torch
         failure = str(error)
     failures = [f for f in parallel.gather(failure) if f]  # so that no rank waits for one that failed
     if failures:
-        if parallel.rank() == 0:
+        if parallel.leads():
             shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder).free
         raise CheckpointError(

@@ -74,6 +74,7 @@ def collect(
     verifier: Verifier,
     config: TrainConfig,
     cursor: int,
+    device: torch.device,
     say: Callable[[str], None] = print,
 ) -> Collected:
     """Draws, samples and verifies the groups of one step; `cursor`: where its problems begin."""
@@ -81,7 +82,7 @@ def collect(
     seconds = {"seconds_rollout": 0.0, "seconds_verify": 0.0}
     for _ in range(config.max_rounds if config.dynamic_sampling else 1):
         missing = wanted - sum(len(x.problems) for x in kept)
-        drawn, cursor = draw(engine, tokenizer, source, verifier, config, cursor, missing, seconds)
+        drawn, cursor = draw(engine, tokenizer, source, verifier, config, cursor, missing, device, seconds)
         rounds.append(drawn)
         informative = drawn.informative() if config.dynamic_sampling else torch.ones(missing, dtype=torch.bool)
         if informative.any():
@@ -118,12 +119,13 @@ def draw(
     config: TrainConfig,
     cursor: int,
     count: int,
+    device: torch.device,
     seconds: dict[str, float],
 ) -> tuple[Groups, int]:
     """`count` groups, sampled and verified, each rank its share; every rank gets all. Adds to `seconds`."""
     problems, after = source.take(cursor, count)
     seeds = [seed_of(PROMPT, config.seed, cursor, i) for i in range(count)]
-    mine = parallel.share(count)
+    mine = parallel.share(list(range(count)))
     sampling = Sampling(config.group_size, config.max_new_tokens, config.temperature, config.rollout.top_p)
     started = time.perf_counter()
     rollout = None
@@ -136,7 +138,7 @@ def draw(
         verdicts = verifier.score(rollout.texts, [problems[i] for i in mine for _ in range(config.group_size)])
     seconds["seconds_rollout"] += sampled - started
     seconds["seconds_verify"] += time.perf_counter() - sampled
-    rollout = parallel.gather_rollout(rollout)
+    rollout = parallel.gather_rollout(rollout, device)
     verdicts = [v for part in parallel.gather(verdicts) for v in part]
-    outcomes = torch.tensor([v.score for v in verdicts], device=rollout.response_ids.device)
+    outcomes = torch.tensor([v.score for v in verdicts], device=device)
     return Groups(problems, rollout, verdicts, outcomes), after

@@ -31,7 +31,8 @@ import tyro
 from . import experiments_report
 from .config import PRESETS, ModelConfig, TaskConfig, TrainConfig, WarmStartConfig
 from .data import open_source
-from .models import export, open_policy
+from .models import open_policy
+from .parallel import export
 from .progress import Progress
 from .train import resolve_device, train
 from .warm_start import warm_start

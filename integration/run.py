@@ -19,7 +19,6 @@ import qae_kernels
 from . import checkpoint, parallel
 from .checkpoint import RunState
 from .config import TrainConfig
-from .models import export
 from .progress import Progress
 from .run_log import RunLog
 from .trackers import open_trackers
@@ -43,7 +42,7 @@ class Run:
         self.config, self.progress = config, progress
         self.folder, self.checkpoints = config.folder, config.folder / "checkpoints"
         self.state = RunState()
-        self.leads = parallel.rank() == 0
+        self.leads = parallel.leads()
         if self.leads:
             start_folder(config, device)
         parallel.barrier()
@@ -107,7 +106,7 @@ class Run:
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Leaves the model in transformers' format."""
-        export(model, tokenizer, self.folder / "model")
+        parallel.export(model, tokenizer, self.folder / "model")
 
     def __enter__(self) -> Run:
         def request(number, frame):

@@ -39,7 +39,7 @@ from .data import open_evals, open_source
 from .engines import EngineError, make_engine
 from .evaluate import evaluate
 from .models import open_policy
-from .optimizer import make_optimizer, set_learning_rate
+from .optimizer import learning_rate, make_optimizer, set_learning_rate
 from .progress import Progress
 from .rewards import overlong_penalty
 from .rollout import Rollout
@@ -53,16 +53,16 @@ from .warm_start import warm_start
 def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     """Runs `config`, or what is left of it, and returns the folder of its results."""
     with ExitStack() as stack:
-        stack.enter_context(parallel.process_group())
-        progress = progress or Progress(quiet=parallel.rank() > 0)
-        device = resolve_device(config.device)
+        device = parallel.start(resolve_device(config.device), config)
+        stack.callback(parallel.stop)
+        progress = progress or Progress(quiet=not parallel.leads())
         run = stack.enter_context(Run(config, device, progress))
         model, tokenizer = open_policy(config, device)
         source, evals = open_source(config, tokenizer), open_evals(config, tokenizer)
         verifier = stack.enter_context(Verifier(config.verify))
         if config.init is None and not run.begun:
             warm_start(model, tokenizer, source, config, progress)
-        model = parallel.shard(model, config)
+        parallel.shard(model, device, config)
         optimizer = make_optimizer(model, config)
         k_source = config.k_source()
         run.restore(model, optimizer, k_source)
@@ -81,7 +81,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         for step in run.steps():
             torch.manual_seed(seed_of(STEP, config.seed, step))  # of dropout; every other draw has a seed of its own
             started = time.perf_counter()
-            collected = collect(engine, tokenizer, source, verifier, config, run.state.cursor, progress.say)
+            collected = collect(engine, tokenizer, source, verifier, config, run.state.cursor, device, progress.say)
             rollout, outcomes = collected.groups.rollout, collected.groups.outcomes
 
             k = k_source.k if isinstance(k_source, EntropyTargetK) else k_source(step)
@@ -96,7 +96,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             updating = time.perf_counter()
             if config.old_logprobs == "recompute":
                 rollout = recompute_logprobs(model, rollout, advantages, config)
-            learning_rate = set_learning_rate(optimizer, config, step)
+            set_learning_rate(optimizer, config, step)
             updates = [
                 update_policy(model, optimizer, rollout, advantages, rows, config, draw)
                 for draw, rows in minibatches(config, step, collected.kept)
@@ -104,7 +104,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             engine.update_weights(model)
             finished = time.perf_counter()
 
-            record = {"step": step + 1, "k": k, "learning_rate": learning_rate}
+            record = {"step": step + 1, "k": k, "learning_rate": learning_rate(config, step)}
             record |= collected.record | describe_rollout(rollout, outcomes, advantages)
             record |= describe_updates(advantages, updates)
             record |= {"seconds_update": finished - updating, "seconds_total": finished - started}
@@ -163,7 +163,7 @@ def describe_updates(advantages: Advantages, updates: list[Update]) -> dict[str,
 
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
-        name = parallel.local_device() if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"device is {name!r}, but this torch ({torch.__version__}) finds no GPU; expected 'cpu' or 'auto'"
@@ -194,7 +194,7 @@ def main() -> None:
         sys.exit(130)
     except (OSError, ValueError, CheckpointError, EngineError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    if parallel.rank() == 0:
+    if parallel.leads():
         report.plot([folder], folder / "figure.png")
         print(report.table({config.name: folder}))
         print(f"\n{folder}/figure.png")
