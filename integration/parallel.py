@@ -64,6 +64,11 @@ def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
 
 
+def leads() -> bool:
+    """This is the rank that writes."""
+    return rank_and_world_size()[0] == 0
+
+
 def share(items: list[T]) -> list[T]:
     """This rank's part, in order: the parts of all ranks one after another are all items, and differ in size by one at
     most."""
@@ -71,14 +76,30 @@ def share(items: list[T]) -> list[T]:
     return items[rank * len(items) // world_size : (rank + 1) * len(items) // world_size]
 
 
-def gather_rollout(rollout: Rollout) -> Rollout:
-    """The responses of all ranks in the order of the ranks, on every rank."""
-    _, world_size = rank_and_world_size()
-    if world_size == 1:
+def gather(item: T) -> list[T]:
+    """What each rank has, in the order of the ranks, on every rank. No tensors on a GPU."""
+    if not distributed():
+        return [item]
+    gathered: list[T] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(gathered, item)
+    return gathered
+
+
+def any_rank(condition: bool) -> bool:
+    return any(gather(condition))
+
+
+def barrier() -> None:
+    """No rank goes on before all are here."""
+    gather(None)
+
+
+def gather_rollout(rollout: Rollout | None, device: torch.device) -> Rollout:
+    """The responses of all ranks in the order of the ranks, on every rank; None: this one has none."""
+    if not distributed():
         return rollout
-    gathered: list[Rollout] = [None] * world_size  # type: ignore[list-item]
-    dist.all_gather_object(gathered, moved(rollout, "cpu"))  # a tensor on a GPU would arrive on the sender's
-    return moved(concatenate(gathered), rollout.response_ids.device)
+    parts = gather(None if rollout is None else moved(rollout, "cpu"))
+    return moved(concatenate([part for part in parts if part is not None]), device)
 
 
 def moved(rollout: Rollout, device: torch.device | str) -> Rollout:
