@@ -20,7 +20,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
-        "train": ["transformers>=5.0", "reasoning-gym>=0.1.25", "tyro", "rich", "matplotlib"],
+        "train": ["transformers>=5.0", "reasoning-gym>=0.1.25", "peft", "tyro", "rich", "matplotlib"],
         "vllm": ["vllm"],
         "flash-attn": ["flash-attn"],
         "trl": ["trl>=1.16"],
