@@ -209,15 +209,7 @@ class TrainConfig:
     def __post_init__(self):
         if not 0 < self.k < 1:
             raise ValueError(f"k must be strictly between 0 and 1; got {self.k}")
-        counts = (
-            "prompts_per_step",
-            "group_size",
-            "minibatches",
-            "epochs",
-            "max_tokens",
-            "max_new_tokens",
-            "max_rounds",
-        )
+        counts = ("prompts_per_step", "group_size", "minibatches", "epochs", "max_tokens", "max_new_tokens", "max_rounds")
         for name in (*counts, "eval_every", "eval_samples", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")

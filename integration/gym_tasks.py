@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from typing import Any
 
 from reasoning_gym.factory import CURRICULA, DATASETS, create_curriculum, create_dataset
@@ -16,6 +17,8 @@ from .problems import HELD_OUT_SEED, Problem, render
 PREFIX = "gym:"
 CHUNK = 1000  # items of one data set object; some tasks prepare all items when they are made
 NONSENSE = "?"
+BY_HASH_SEED = ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder")
+"""Their items depend on the order of Python's sets as well."""
 
 
 class GymTasks:
@@ -70,9 +73,7 @@ class GymTasks:
         except Exception:  # a scorer that stumbles over nonsense does not take it for the answer
             return
         if score == 1.0:
-            raise ValueError(
-                f"reasoning-gym's scorer of {task!r} takes any text for the right answer; expected another task"
-            )
+            raise ValueError(f"reasoning-gym's scorer of {task!r} takes any text for the right answer")
 
 
 class GymSource:
@@ -88,9 +89,7 @@ class GymSource:
         last = cursor + 1000 * count + 10_000
         while len(problems) < count:
             if cursor == last:
-                raise ValueError(
-                    f"nearly all problems of {self.tasks.name} are held out; expected a smaller data.held_out"
-                )
+                raise ValueError(f"nearly all problems of {self.tasks.name} are held out; lower data.held_out")
             problem = self.tasks.problem(self.seed, cursor)
             cursor += 1
             if problem.prompt not in self._held_out:
@@ -103,6 +102,8 @@ def task_options(task: str, config: DataConfig, tasks: int) -> dict[str, Any]:
     if task not in DATASETS or task == "composite":
         close = ", ".join(difflib.get_close_matches(task, DATASETS, n=3)) or "none"
         raise ValueError(f"reasoning-gym has no task {task!r}; names like it: {close}")
+    if task in BY_HASH_SEED and os.environ.get("PYTHONHASHSEED", "random") == "random":
+        raise ValueError(f"problems of {task!r} depend on PYTHONHASHSEED; expected it to be set to a number, e.g. 0")
     try:
         given = json.loads(config.gym_options)
     except json.JSONDecodeError as error:

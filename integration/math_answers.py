@@ -1,17 +1,17 @@
 """Mathematical answers: which part of a response is the answer, and whether it equals the right one (math-verify).
 
 **Which answer counts.** Of what follows the last `</think>`: every `\\boxed{...}`, and every line that starts with
-"Answer:" ("Final answer:", "**Answer:** ..."; the line after it, where that line is empty). The last paragraph that holds
-one of these is the statement, and all answers in it must be right: who boxes 6 and 7 side by side has not answered. Answers
-in earlier paragraphs are superseded by later ones. Without any, the last "answer is ..." counts, to the end of its line.
-Without that there is no answer: an expression in passing is none.
+"Answer:" ("Final answer:", "**Answer:** ..."; the line after it, where that line is empty). The last paragraph that
+holds one of these is the statement, and all answers in it must be right: who boxes 6 and 7 side by side has not
+answered. Answers in earlier paragraphs are superseded by later ones. Without any, the last "answer is ..." counts, to
+the end of its line. Without that there is no answer: an expression in passing is none.
 
 **What counts as right.** If the right answer is a number, the given one must be that number written out: an integer, a
-decimal, a fraction, with or without thousands separators, a unit, a degree or percent sign, dollar signs, `x =`; compared
-exactly. An expression of that value scores 0: `2^{100} \\bmod 7` is the problem handed back and not its answer. math-verify
-is not asked, because it also takes `6=7`, `7 \\approx 8`, `\\int_0^7 dx` and `7, 7` for 7, and `7 7` for 14. Everything else
-is compared by math-verify (the LaTeX parser of latex2sympy2-extended, then sympy), and integrals, sums, products, limits
-and derivatives only if the right answer has some as well.
+decimal, a fraction, with or without thousands separators, a unit, a degree or percent sign, dollar signs, `x =`;
+compared exactly. An expression of that value scores 0: `2^{100} \\bmod 7` is the problem handed back and not its
+answer. math-verify is not asked, because it also takes `6=7`, `7 \\approx 8`, `\\int_0^7 dx` and `7, 7` for 7, and
+`7 7` for 14. Everything else is compared by math-verify (the parser of latex2sympy2-extended, then sympy; decimals
+to 6 places); integrals, sums, products, limits and derivatives only if the right answer has some as well.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -43,13 +44,12 @@ STATEMENT = re.compile(
 IN_PASSING = re.compile(r"\banswer[*_]{0,3} (?:is|equals)(?![a-z])[ \t]{0,4}:?", re.IGNORECASE)
 BLANK_LINE = re.compile(r"\n[ \t\r]{0,80}\n")
 DECORATION = re.compile(
-    r"\\[,;:!\s]|\\(?:left|right|displaystyle|quad|qquad|limits|big|Big)(?![A-Za-z])|[$`~]|\\[()\[\]]"
+    r"(?<!\\)\\[,;:!\s()\[\]]|\\(?:left|right|displaystyle|quad|qquad|limits|big|Big)(?![A-Za-z])|[$`~]"
 )
 STYLED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mathsf|mbox|boxed|fbox)\s?\{([^{}]*)\}")
 NAMED = re.compile(r"^[A-Za-z]{1,3}(?:_\{?\w{1,9}\}?|\([A-Za-z0-9]{1,9}\))? ?= ?(?=[^=])")
-UNIT = re.compile(
-    r"(?: ?\^ ?\{? ?\\circ ?\}?| ?°| ?\\?%| ?\\degree| (?!(?:or|and)\b)[A-Za-z]{1,20}(?:\^\{?[23]\}?)?\.?)$"
-)
+WORD = r" (?!(?:or|and)\b)[A-Za-z]{1,20}(?: ?\^ ?\{?[23]\}?)?\.?"
+UNIT = re.compile(rf"(?: ?\^ ?\{{? ?\\circ ?\}}?| ?°| ?\\?%| ?\\degree|{WORD})$")
 NUMBER = re.compile(
     r"(?P<sign>[+-]?) ?(?:"
     r"(?P<decimal>(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)"
@@ -57,6 +57,7 @@ NUMBER = re.compile(
     r"|(?P<top2>\d+) ?/ ?(?P<bottom2>\d+))",
     re.ASCII,
 )
+STRANGE = ("Nd", "Nl", "No", "Mn", "Me", "Cf", "Cs", "Co", "Cn")  # categories of Unicode
 UNEVALUATED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
 
 
@@ -64,11 +65,10 @@ def score(text: str, answer: Any) -> tuple[float, str]:
     """1 if every answer of the final statement is right. answer: the right one, as text or a number."""
     given = stated_answers(text)
     if not given:
-        return 0.0, "no answer: neither \\boxed{...} nor a line that starts with 'Answer:'"
+        return 0.0, ""
     if len(given) > MAX_ANSWERS:
         return 0.0, f"more than {MAX_ANSWERS} answers in one statement"
-    gold = read_gold(str(answer))
-    verdicts = [compare(one, gold) for one in given]
+    verdicts = [compare(one, str(answer)) for one in given]
     right = sum(is_right for is_right, _ in verdicts)
     if right == len(given):
         return 1.0, ""
@@ -80,18 +80,19 @@ def score(text: str, answer: Any) -> tuple[float, str]:
 def stated_answers(text: str) -> list[str]:
     """The answers of the final statement (see above), without repetition; at most MAX_ANSWERS + 1 of them."""
     text = after_thinking(text)
-    last = None
-    for last in STATEMENT.finditer(text):
-        pass
+    last = last_match(STATEMENT, text)
     if last is None:
-        for last in IN_PASSING.finditer(text):
-            pass
+        last = last_match(IN_PASSING, text)
         return [] if last is None else [text[last.end() :].partition("\n")[0]]
-    start = 0
-    for gap in BLANK_LINE.finditer(text, 0, last.start()):
-        start = gap.end()
+    gap = last_match(BLANK_LINE, text[: last.start()])
+    start = gap.end() if gap else 0
     marks = list(islice(STATEMENT.finditer(text, start), MAX_ANSWERS + 1))
     return list(dict.fromkeys(a for a in (answer_at(text, mark) for mark in marks) if a is not None))
+
+
+def last_match(pattern: re.Pattern, text: str) -> re.Match | None:
+    newest = deque(pattern.finditer(text), maxlen=1)
+    return newest[0] if newest else None
 
 
 def answer_at(text: str, mark: re.Match) -> str | None:
@@ -133,8 +134,10 @@ def read_gold(answer: str) -> Gold:
     return Gold(text, number, () if number is not None else tuple(parsed(text)))
 
 
-def compare(given: str, gold: Gold) -> tuple[bool, str]:
+@lru_cache(maxsize=4096)  # the responses of a group end in the same few answers
+def compare(given: str, answer: str) -> tuple[bool, str]:
     """(right, reason why it was not looked at)."""
+    gold = read_gold(answer)
     reason = too_long(given, MAX_ANSWER) or strange_character(given)
     if reason:
         return False, reason
@@ -148,7 +151,9 @@ def compare(given: str, gold: Gold) -> tuple[bool, str]:
         return False, "cannot be read as mathematics"
     if has_unevaluated(expressions) and not has_unevaluated(gold.parsed):
         return False, "an integral, sum, product, limit or derivative that nobody has evaluated"
-    return verify(list(gold.parsed), expressions, timeout_seconds=None), ""
+    if not verify(list(gold.parsed), expressions, timeout_seconds=None):
+        return False, ""
+    return not far_apart(expressions[0], gold.parsed[0]), ""
 
 
 def parsed(text: str) -> list[Any]:
@@ -159,21 +164,21 @@ def has_unevaluated(expressions: Any) -> bool:
     return any(x.has(*UNEVALUATED) for x in expressions if isinstance(x, (sympy.Basic, sympy.MatrixBase)))
 
 
+def far_apart(given: Any, gold: Any) -> bool:
+    """Two numbers that differ by more than 1e-5 of the right one: math-verify rounds decimals to 6 places and takes a
+    difference below 1e-15 for none, so all small numbers are equal to it."""
+    try:
+        given, gold = complex(sympy.N(given)), complex(sympy.N(gold))
+    except (TypeError, ValueError, AttributeError):  # not numbers
+        return False
+    return abs(given - gold) > 1e-5 * abs(gold)
+
+
 def strange_character(text: str) -> str:
-    """Names the first character that is a digit of another script, invisible, a combining mark or no character at all."""
+    """Names the first character that is a digit of another script, invisible, a combining mark or a control code."""
     for character in text:
-        if not character.isascii() and unicodedata.category(character) in (
-            "Nd",
-            "Nl",
-            "No",
-            "Mn",
-            "Me",
-            "Cf",
-            "Cs",
-            "Co",
-        ):
-            return f"character U+{ord(character):04X} in the answer"
-        if character < " " and character not in "\t\n\r":
+        category = unicodedata.category(character)
+        if (category in STRANGE and not character.isascii()) or (category == "Cc" and character not in "\t\n\r"):
             return f"character U+{ord(character):04X} in the answer"
     return ""
 

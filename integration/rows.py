@@ -2,8 +2,8 @@
 
 Data sets of the presets, as their cards and their users' code describe them:
     BytedTsinghua-SIA/DAPO-Math-17k, train: prompt (one chat message), reward_model {ground_truth, style}, data_source,
-        ability, extra_info {index}; 1.79 M rows, about 17,900 different prompts, which say "The last line of your response
-        should be of the form Answer: $Answer"; answers are integers as text
+        ability, extra_info {index}; 1.79 M rows, about 17,900 different prompts, which say "The last line of your
+        response should be of the form Answer: $Answer"; answers are integers as text
     HuggingFaceH4/aime_2024, train: problem, answer (text, e.g. "025"), id, solution, url, year; 30 rows
     math-ai/aime25, test: problem, answer (text), id; 30 rows
     math-ai/amc23, test: question, answer (text; copies of it hold floats, 27.0), id, url; 40 rows
@@ -55,8 +55,8 @@ def read_problems(name: str, config: DataConfig, tokenizer: PreTrainedTokenizerB
 
     name: a preset; "<preset>=<file>", a local copy of it; a file; "<hub name>" or "<hub name>:<split>".
 
-    Raises FileNotFoundError: no such file, or the hub does not give it. ValueError: a column is missing (names those there),
-    a row without prompt or answer, no rows, an unknown verifier.
+    Raises FileNotFoundError: no such file, or the hub does not give it. ValueError: a column is missing (names those
+    there), a row without prompt or answer, no rows, an unknown verifier.
     """
     layout = find_layout(name, config)
     verifier = "math" if config.verifier == "auto" else config.verifier

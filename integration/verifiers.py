@@ -1,8 +1,8 @@
-"""Verifiers: from the text of a response to a score in [0, 1]. What they read was written by the model, so it is hostile.
+"""Verifiers: from the text of a response to a score in [0, 1]. The model wrote what they read, so it is hostile.
 
-A verifier is a function `(text, answer) -> score` or `-> (score, reason)`. It is named "<module>:<function>" or by a key of
-`VERIFIERS`; `answer` is `Problem.answer`. verify_pool.py runs them in processes of their own, under limits, except for
-those of `IN_PROCESS`.
+A verifier is a function `(text, answer) -> score` or `-> (score, reason)`. Its name is "<module>:<function>" or a key
+of `VERIFIERS`; `answer` is `Problem.answer`. verify_pool.py runs them in processes of their own, under limits, except
+for those of `IN_PROCESS`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ VERIFIERS = {
 }
 """Strings and not functions: the training process needs neither sympy nor the scorers of reasoning-gym."""
 IN_PROCESS = ("exact", "arithmetic")
-"""These compare strings and decimal numbers of bounded length, in time linear in the text; they parse nothing, convert no
-string to an integer and evaluate no exponent (a Decimal of any exponent is compared digit by digit)."""
+"""These compare strings and decimal numbers of bounded length, in time linear in the text; they parse nothing, convert
+no string to an integer and evaluate no exponent (a Decimal of any exponent is compared digit by digit)."""
 ANSWER_MARK = "#"
 """Of the toy task: everything after it is the answer."""
 MAX_ANSWER = 10_000
@@ -33,7 +33,7 @@ Verify = Callable[[str, Any], "float | tuple[float, str]"]
 
 
 def require(name: str) -> None:
-    """Raises ValueError if there is no verifier of that name; loads those of the user, and not those of this package."""
+    """Raises ValueError if there is no verifier of that name. Loads those of the user, not those of this package."""
     if name not in VERIFIERS:
         resolve(name)
 
@@ -86,8 +86,8 @@ def tagged_answer(text: str) -> str | None:
 
 
 def exact(text: str, answer: Any) -> tuple[float, str]:
-    """1 if the answer is the right one to the letter, white space around it aside: what the last `<answer>` holds, or all
-    of the text after thinking."""
+    """1 if the answer is the right one to the letter, white space around it aside: what the last `<answer>` holds, or
+    all of the text after thinking."""
     text = after_thinking(text)
     tagged = tagged_answer(text)
     given = text.strip() if tagged is None else tagged

@@ -3,13 +3,15 @@
     with Verifier(config.verify) as verifier:
         verdicts = verifier.score(rollout.texts, problems)  # one problem per text
 
-Every verifier has processes of its own, started when it is first needed, by a fresh interpreter and not by a fork: they
-know nothing of CUDA. An answer that takes longer than `timeout` costs its process (SIGKILL) and scores 0; so does one that
-its process dies of. The other answers go to the next process.
+Every verifier has processes of its own, started when it is first needed, by a fresh interpreter and not by a fork:
+they know nothing of CUDA. An answer that takes longer than `timeout` costs its process (SIGKILL) and scores 0; so does
+one that its process dies of. The other answers go to the next process. On Linux a process also ends with the thread
+that started it: score from a thread that lives as long as the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -94,10 +96,8 @@ class Worker:
 
     def kill(self) -> int:
         """Ends the process and what it started. Returns its exit status, as subprocess gives it."""
-        try:
+        with contextlib.suppress(ProcessLookupError):  # dead, and waited for
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it is dead and has been waited for
         self.connection.close()
         return self.process.wait()
 

@@ -1,11 +1,11 @@
 """One process that judges answers, one at a time; verify_pool.py starts, watches and kills it.
 
-It ends when its parent does, writes no core, gets no more memory than `MEMORY` beyond what its verifier needs when loaded,
-and says nothing on stdout and stderr once it is ready. It answers in JSON and not with pickles, so that one which an answer
-has taken over cannot take over its parent.
+It ends when its parent does, writes no core, gets no more memory than `MEMORY` beyond what its verifier needs when
+loaded, and says nothing on stdout and stderr once it is ready. It answers in JSON and not with pickles, so that one
+which an answer has taken over cannot take over its parent.
 
-This is a seat belt and no sandbox: hostile code that runs here runs with the rights of the training process. The verifiers
-of this package keep answers from becoming code; `refuse` stops what would come through nevertheless, while they run.
+This is a seat belt and no sandbox: hostile code that runs here runs with the rights of the training process. The
+verifiers of this package keep answers from becoming code; `refuse` stops most of what would come through nevertheless.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MEMORY = 2 * 2**30
 PR_SET_PDEATHSIG = 1
 FORBIDDEN = (
     "ctypes.", "ftplib.", "http.", "os.chmod", "os.chown", "os.exec", "os.fork", "os.kill", "os.link", "os.mkdir",
-    "os.posix_spawn", "os.putenv", "os.remove", "os.rename", "os.rmdir", "os.spawn", "os.symlink", "os.system", "os.truncate",
-    "os.unsetenv", "pty.", "shutil.", "signal.", "smtplib.", "socket.", "sqlite3.", "subprocess.", "tempfile.", "urllib.",
-    "webbrowser.",
+    "os.posix_spawn", "os.putenv", "os.remove", "os.rename", "os.rmdir", "os.spawn", "os.symlink", "os.system",
+    "os.truncate", "os.unsetenv", "pty.", "shutil.", "signal.", "smtplib.", "socket.", "sqlite3.", "subprocess.",
+    "tempfile.", "urllib.", "webbrowser.",
 )  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -62,7 +62,7 @@ def silence() -> None:
 
 
 def serve(connection: Connection, name: str) -> None:
-    """Says "" when ready, or what is wrong; then a pair (score, reason) for each (text, answer) of the lists it gets."""
+    """Says "" when ready, or what is wrong; then a pair (score, reason) for each (text, answer) that it gets."""
     try:
         verify = resolve(name)
     except ValueError as error:
