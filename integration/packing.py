@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -67,7 +67,7 @@ def pack(rollout: Rollout, rows: Tensor) -> Packed:
     return Packed(
         input_ids=input_ids[None], position_ids=position_ids[None], lengths=lengths,
         predicting=predicts[enters].nonzero()[:, 0], tokens=rollout.response_ids[rows][mask],
-        cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)), rows=rows, mask=mask,
+        cu_seqlens=nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)), rows=rows, mask=mask,
     )  # fmt: skip
 
 
@@ -95,14 +95,39 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
 def output_head(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `linear_policy_loss`: weight, bias, and what the family of the model does to its logits."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if hasattr(head, "modules_to_save"):  # peft's whole copy of the head, which is trained in its place
+        head = head.modules_to_save[head.active_adapters[0]]
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"the head of the model must be a linear layer without an adapter; got {type(head).__name__} in "
+            f"{type(model).__name__}"
+        )
     multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
     divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
     return {
         "weight": head.weight,
-        "bias": getattr(head, "bias", None),
+        "bias": head.bias,
         "logit_scale": multiplier / divisor,
         "logit_softcap": getattr(config, "final_logit_softcapping", None),  # Gemma
     }
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Raises ValueError if the logits of this model are not what `output_head` makes of its hidden states."""
+    head = output_head(model)
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    logits = nn.functional.linear(hidden, head["weight"], head["bias"]).float() * head["logit_scale"]
+    if cap := head["logit_softcap"]:
+        logits = cap * torch.tanh(logits / cap)
+    error, size = (logits - expected).abs().max().item(), expected.abs().max().item()
+    if not error <= 0.02 * size:  # a bfloat16 rounds by 0.004
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than a scale and a soft cap: they reach {size:.3g}, and "
+            f"differ by {error:.3g} from those of its hidden states and its head"
+        )
 
 
 def use_packed_attention(model: PreTrainedModel) -> str:
@@ -122,7 +147,7 @@ def can_use_flash(model: PreTrainedModel) -> bool:
 
 
 def packed_sdpa(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,

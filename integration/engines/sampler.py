@@ -19,7 +19,7 @@ class Sampler:
         self.model, self.tokenizer = model, tokenizer
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> Rollout:
-        """The logprobs and entropies are those of the full softmax at this temperature (1 if greedy), whatever top_p."""
+        """Logprobs and entropies are those of the full softmax at this temperature (1 if greedy), whatever top_p."""
         return sample(self.model, self.tokenizer, prompts, seeds, sampling)
 
     def update_weights(self, model: PreTrainedModel) -> None:
