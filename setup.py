@@ -32,16 +32,9 @@ setup(
         "peers": ["liger-kernel>=0.8.5", "trl>=1.16", "cut-cross-entropy>=25.1.1"],
         # trackio brings gradio, 190 MB in all: its test skips itself where it is not installed.
         "dev": [
-            "pytest",
-            "pytest-benchmark",
-            "pytest-xdist",
-            "pytest-cov",
-            "hypothesis",
-            "ruff",
-            "pre-commit",
-            "tensorboard",
-            "wandb",
-        ],  # fmt: skip
+            *("pytest", "pytest-benchmark", "pytest-xdist", "pytest-cov", "hypothesis", "ruff", "pre-commit"),
+            *("tensorboard", "wandb"),
+        ],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -14,7 +14,7 @@ LEVEL = 0.95
 
 
 def pass_at_k(successes: Sequence[int], samples: int, k: int) -> np.ndarray:
-    """[P] chance that k of a problem's samples hold a success, from the number of successes [P] among `samples` of them.
+    """[P] chance that k of a problem's samples hold a success, from its number of successes [P] among `samples`.
 
     Unbiased: 1 - C(n - c, k) / C(n, k) with n samples and c successes, equation 1 of arXiv 2107.03374, as a product of
     n factors that are at most 1: no binomial coefficient is formed.

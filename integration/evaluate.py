@@ -100,13 +100,11 @@ def to_read(problems: list[Problem], texts: list[str], verdicts: list[Verdict]) 
     for i in np.unique(np.linspace(0, len(problems) - 1, SHOWN_PROBLEMS).astype(int)).tolist():
         problem = problems[i]
         rows = range(i * count, i * count + min(count, SHOWN_RESPONSES))
+        responses = [{"text": texts[r], "score": verdicts[r].score, "reason": verdicts[r].reason} for r in rows]
         answer = problem.answer.get("answer") if isinstance(problem.answer, dict) else problem.answer
         samples.append(
-            {
-                "source": problem.source, "prompt": problem.prompt, "answer": str(answer),
-                "responses": [{"text": texts[r], "score": verdicts[r].score, "reason": verdicts[r].reason} for r in rows],
-            }
-        )  # fmt: skip
+            {"source": problem.source, "prompt": problem.prompt, "answer": str(answer), "responses": responses}
+        )
     return samples
 
 
@@ -192,7 +190,7 @@ def rebuild(kind: type, values: dict[str, Any]) -> Any:
 
 
 def with_intervals(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics and, under "pass@k", the unbiased estimate for k = 1, 2, 4, ... n, with 95% intervals over problems."""
+    """The metrics and, under "pass@k", the unbiased estimate for k = 1, 2, 4, ... with 95% intervals over problems."""
     count, successes = metrics["samples"], metrics["successes"]
     powers = [2**i for i in range(count.bit_length())]
     per_problem = {k: pass_at_k(successes, count, k) for k in powers}
@@ -223,11 +221,10 @@ def format_results(results: dict[str, dict[str, Any]]) -> str:
     powers = list(next(iter(results.values()))["pass@k"])
     cells = [["data set", "problems", "samples", *(f"pass@{k}" for k in powers), "tokens"]]
     for name, result in results.items():
-        found = [(100 * x["value"], *(100 * bound for bound in x["interval"])) for x in result["pass@k"].values()]
-        cells.append(
-            [name, str(len(result["successes"])), str(result["samples"]),
-             *(f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in found), f"{result['response_length']:.0f}"]
-        )  # fmt: skip
+        found = [[100 * y for y in (x["value"], *x["interval"])] for x in result["pass@k"].values()]
+        shares = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in found]
+        counts = [str(len(result["successes"])), str(result["samples"])]
+        cells.append([name, *counts, *shares, f"{result['response_length']:.0f}"])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])

@@ -26,8 +26,8 @@ def open_trackers(config: TrainConfig, folder: Path, start: int = 0) -> list[Tra
     """Those that the config names, for the run whose results are in `folder`. start: the step at which it begins; what
     was logged from there on by an earlier process counts no more.
 
-    Raises ImportError where a package is missing, and what a tracker raises when it starts. Later failures are told once and never raised: a run does not die
-    of its tracker.
+    Raises ImportError where a package is missing, and whatever a tracker raises when it starts. Later failures are told
+    once and never raised: a run does not die of its tracker.
     """
     return [Guarded(name, TRACKERS[name](config, folder, start)) for name in config.trackers]
 

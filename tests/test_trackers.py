@@ -70,8 +70,8 @@ def test_a_resumed_run_replaces_the_steps_it_makes_again_in_tensorboard(tmp_path
 
 
 def records_of_wandb(path: Path) -> list:
-    """wandb's own messages in an offline run's file: a LevelDB log after 7 bytes, blocks of 32 KiB, chunks with checksum,
-    length and type (1: whole, 2: first, 3: middle, 4: last)."""
+    """wandb's own messages in an offline run's file: a LevelDB log after 7 bytes, blocks of 32 KiB, chunks with
+    checksum, length and type (1: whole, 2: first, 3: middle, 4: last)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, position, message, records = path.read_bytes(), 7, b"", []
