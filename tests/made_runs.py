@@ -15,7 +15,12 @@ EVALS = {"aime-2024": 30, "held-out": 64}  # data set -> problems
 
 
 def make_run(
-    folder: Path, steps: int = 40, eval_every: int = 10, samples: int = 8, evals: dict[str, int] | None = None, **settings
+    folder: Path,
+    steps: int = 40,
+    eval_every: int = 10,
+    samples: int = 8,
+    evals: dict[str, int] | None = None,
+    **settings,
 ) -> Path:
     """A run of `steps` steps in `folder`. The mean baseline's entropy falls faster, the quantile's zero share is higher,
     a higher K keeps more entropy; settings: of the TrainConfig, the seed among them."""

@@ -41,8 +41,8 @@ def style() -> AbstractContextManager:
             "axes.spines.left": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
             "axes.axisbelow": True, "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.7,
             "lines.solid_capstyle": "round", "legend.frameon": False, "axes.formatter.limits": (-3, 5),
-            "axes.formatter.use_mathtext": False, "text.parse_math": False, "figure.constrained_layout.use": True,
-            "svg.fonttype": "none", "svg.hashsalt": "qae_kernels", "figure.dpi": 100,
+            "axes.formatter.use_mathtext": False, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "qae_kernels",
+            "figure.dpi": 100,
         }
     )  # fmt: skip
 
@@ -59,12 +59,14 @@ class Panel:
     """Of its evaluations; None: of the training steps."""
     bottom: float | None = 0.0
     top: float | None = None
+    smooth: bool = True
+    """Draws the running mean of the steps. False: what is set and not measured."""
     dashed: str | None = None
     """A second quantity of the training steps, as a dashed line without a band."""
 
     def curve(self, group: Group, along: str = "steps") -> Curve | None:
         if self.data_set is None:
-            return step_curve(group, self.key, along)
+            return step_curve(group, self.key, along, self.smooth)
         return eval_curve(group, self.data_set, self.key, along)
 
 
@@ -88,7 +90,8 @@ CREDIT = (
     Panel("Share with positive advantage", "positive_fraction", "Responses that are pushed up."),
     Panel("Share with negative advantage", "negative_fraction", "Responses that are pushed down. A higher K makes them "
           "more."),
-    Panel("K", "k", "Quantile level of the baseline, as its schedule or its controller set it.", bottom=None),
+    Panel("K", "k", "Quantile level of the baseline, as its schedule or its controller set it.", bottom=None,
+          smooth=False),
 )  # fmt: skip
 RESPONSES = (
     Panel("Response length", "response_length", "Tokens, mean over the rollouts. Slow growth is common with reasoning; a "
@@ -105,7 +108,7 @@ UPDATE = (
     Panel("Largest ratio", "ratio_max", "Of new to old probability of a token.", bottom=None),
     Panel("KL from the old policy", "approx_kl", "Nats per token within a step (k3 estimate): how far the updates of one "
           "rollout go."),
-    Panel("Learning rate", "learning_rate", "As scheduled."),
+    Panel("Learning rate", "learning_rate", "As scheduled.", smooth=False),
 )  # fmt: skip
 TIME = (
     Panel("Seconds of a step", "seconds_total", "The whole step without its evaluation. It grows with the responses; a "
@@ -177,17 +180,19 @@ def draw_curve(axis: Axes, curve: Curve, color: str, line: str = "-", marked: bo
 
 def label_ends(axis: Axes, ends: list[tuple[str, float, str]]) -> None:
     """Names beside the right ends of the lines, moved apart where they would overlap."""
-    if not ends:
-        return
     low, high = axis.get_ylim()
-    height = axis.get_figure().get_figheight() / max(1, axis.get_gridspec().nrows) * 72 * 0.66  # points, about
-    gap = 10.5 / height
-    places = spread([(y - low) / (high - low or 1) for _, y, _ in ends], gap)
+    height = axis.get_position().height * axis.get_figure().get_figheight() * 72  # points
+    places = spread([(y - low) / (high - low or 1) for _, y, _ in ends], 10.5 / height)
     for (label, _, color), place in zip(ends, places, strict=True):
         axis.annotate(
             shortened(label), (1, place), (4, 0), xycoords="axes fraction", textcoords="offset points", color=color,
             fontsize=8, va="center", annotation_clip=False,
         )  # fmt: skip
+
+
+def label_width(groups: list[Group]) -> float:
+    """Inches that the longest name takes beside an axis."""
+    return 0.12 + 0.075 * max(len(shortened(group.label)) for group in groups)
 
 
 def shortened(label: str, longest: int = 16) -> str:
@@ -196,6 +201,8 @@ def shortened(label: str, longest: int = 16) -> str:
 
 def spread(places: list[float], gap: float) -> list[float]:
     """The places, in [0, 1], moved as little as leaves neighbours `gap` apart, in the same order."""
+    if not places:
+        return []
     order = np.argsort(places, kind="stable")
     blocks: list[list[float]] = []  # of labels that touch: their places less i * gap, which shall be equal
     for i, place in enumerate(np.array(places, float)[order]):
@@ -214,7 +221,9 @@ def time_bars(groups: list[Group]) -> Figure:
     rows = [(label, split) for label, split in rows if split]
     starts = np.zeros(len(rows))
     with style():
-        figure, axis = plt.subplots(figsize=(PANEL[0], max(PANEL[1], 1.2 + 0.4 * len(rows))))
+        size = (PANEL[0], max(PANEL[1], 1.2 + 0.4 * len(rows)))
+        figure = plt.figure(figsize=size)
+        axis = add_axes(figure, (0, 0, *size), left=label_width(groups), right=0.15, bottom=0.75)
         for phase, shade in zip((*PHASES, "other"), (*PHASE_COLORS, GRID), strict=True):
             widths = np.array([split[phase] for _, split in rows])
             axis.barh(range(len(rows)), widths, left=starts, color=shade, height=0.55, label=phase)
@@ -224,7 +233,7 @@ def time_bars(groups: list[Group]) -> Figure:
         axis.grid(axis="y", visible=False)
         axis.set_title("Seconds per step")
         axis.set_xlabel("mean over the steps")
-        figure.legend(loc="outside lower left", ncols=4, handlelength=1, columnspacing=1)
+        figure.legend(loc="lower left", ncols=4, handlelength=1, columnspacing=1, borderaxespad=0.3)
     return figure
 
 
@@ -244,7 +253,8 @@ def time_split(group: Group) -> dict[str, float]:
 def save_png(figure: Figure, path: Path) -> None:
     """With a palette of 128 colours: a third of the size and no difference to the eye."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=RESOLUTION, format="png", facecolor="white")
+    with style():
+        figure.savefig(buffer, dpi=RESOLUTION, format="png", facecolor="white")
     plt.close(figure)
     Image.open(buffer).convert("RGB").quantize(128).save(path, "PNG", optimize=True)
 
@@ -254,13 +264,15 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     size of its own and refers to nothing outside."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    with style():
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # of a point: enough
     box = re.search(r'viewBox="[^"]*"', text)[0]
     text = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{escape(description)}">', text, count=1)
     for shade, variable in PAGE_COLORS.items():
@@ -280,33 +292,40 @@ def escape(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
 
 
-def single(panel: Panel, groups: list[Group], along: str = "steps") -> tuple[Figure, list[str]]:
-    """(a figure with one panel, what its bands are)."""
-    with style():
-        figure, axis = plt.subplots(figsize=PANEL)
-        return figure, draw(axis, panel, groups, along)
-
-
 def panel_grid(
-    panels: list[Panel], groups: list[Group], columns: int, along: str = "steps", size: tuple[float, float] = PANEL
-) -> Figure:
-    """A figure with all panels; a note below says what the bands are."""
+    panels: list[Panel],
+    groups: list[Group],
+    columns: int = 1,
+    along: str = "steps",
+    size: tuple[float, float] = PANEL,
+    note: bool = True,
+) -> tuple[Figure, list[str]]:
+    """(a figure with all panels, each of `size` inches; what its bands are, which a note below says too)."""  # fmt: skip
+    columns = min(columns, len(panels))
+    width, height, below = size[0] * columns, size[1] * -(-len(panels) // columns), 0.25 if note else 0.0
+    bands: list[str] = []
     with style():
-        columns = min(columns, len(panels))
-        rows = -(-len(panels) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
-        bands = []
-        for panel, axis in zip(panels, axes.flat, strict=False):
+        figure = plt.figure(figsize=(width, height + below))
+        for index, panel in enumerate(panels):
+            row, column = divmod(index, columns)
+            box = (column * size[0], height + below - (row + 1) * size[1], *size)
+            axis = add_axes(figure, box, left=0.48, right=label_width(groups), bottom=0.5)
             bands += draw(axis, panel, groups, along)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_axis_off()
-        note_below(figure, list(dict.fromkeys(bands)))
-    return figure
+        bands = list(dict.fromkeys(bands))
+        if note and bands:
+            figure.text(0.1 / width, 0.08 / (height + below), f"Bands: {'; '.join(bands)}.", fontsize=7.5, color=MUTED)
+    return figure, bands
 
 
-def note_below(figure: Figure, notes: list[str]) -> None:
-    if notes:
-        figure.supxlabel("Bands: " + "; ".join(notes) + ".", fontsize=7.5, color=MUTED, x=0.01, ha="left")
+def add_axes(
+    figure: Figure, box: tuple[float, float, float, float], left: float, right: float, bottom: float, top: float = 0.32
+) -> Axes:
+    """In the box (x, y, width, height) less its margins, all in inches: axes of one size, whatever their labels."""
+    width, height = figure.get_size_inches()
+    x, y, w, h = box
+    return figure.add_axes(
+        ((x + left) / width, (y + bottom) / height, (w - left - right) / width, (h - bottom - top) / height)
+    )
 
 
 # --- figures of experiments: groups are label -> folders of its seeds
@@ -323,7 +342,7 @@ def plot(folders: list[Path], path: Path, names: list[str] | None = None) -> Non
         panel_of("zero_fraction"),
         panel_of("response_length"),
     ]
-    save_png(panel_grid(panels, groups, 2, size=(4.6, 2.9)), path)
+    save_png(panel_grid(panels, groups, 2, size=(4.6, 2.9))[0], path)
 
 
 def entropy_and_accuracy(
@@ -337,7 +356,7 @@ def entropy_and_accuracy(
     """
     members = labelled(groups)
     panels = [panel_of("sampler_entropy"), accuracy_of("pass@1", members, data_set)]
-    save_png(panel_grid(panels, members, 2, along, (4.4, 3.1)), path)
+    save_png(panel_grid(panels, members, 2, along, (4.4, 3.1))[0], path)
 
 
 def training_dynamics(
@@ -355,14 +374,14 @@ def training_dynamics(
         by_sign,
         panel_of("zero_fraction"),
     ]
-    save_png(panel_grid(panels, members, 2, along, (4.4, 3.0)), path)
+    save_png(panel_grid(panels, members, 2, along, (4.4, 3.0))[0], path)
 
 
 def sweep_of_k(groups: dict[str, list[Path]], path: Path, data_set: str | None = None, along: str = "steps") -> None:
     """Three panels, the layout of figure 9 of arXiv 2509.22611: entropy, accuracy and response length for several K."""
     members = labelled(groups)
     panels = [panel_of("sampler_entropy"), accuracy_of("pass@1", members, data_set), panel_of("response_length")]
-    save_png(panel_grid(panels, members, 3, along, (3.9, 3.0)), path)
+    save_png(panel_grid(panels, members, 3, along, (3.9, 3.0))[0], path)
 
 
 def labelled(groups: dict[str, list[Path]]) -> list[Group]:

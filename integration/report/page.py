@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from . import figures, tables
-from .figures import CREDIT, ENTROPY, RESPONSES, UPDATE, Panel
+from .figures import CREDIT, ENTROPY, RESPONSES, TIME, UPDATE, Panel
 from .runs import SMOOTHING, Group, Run, differences, group_runs
 
 LONGEST_TEXT = 4000  # characters of a response
@@ -20,61 +23,77 @@ UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff
 
 def write_report(folders: list[Path], out: Path, along: str = "steps") -> list[Path]:
     """Writes the page to `out` and a PNG per section beside it; returns all of them, the page first."""
-    runs = [Run.open(folder) for folder in folders]
-    groups = group_runs(runs)
+    groups = group_runs([Run.open(folder) for folder in folders])
     out.parent.mkdir(parents=True, exist_ok=True)
-    sections, absent, bands, written = [], [], [], [out]
-    for name, panels in all_sections(groups):
-        shown = [panel for panel in panels if any(panel.curve(group) for group in groups)]
-        absent += [panel.title for panel in panels if panel not in shown]
-        found, told = section_figures(name, shown, groups, along)
-        bands += told
-        if found:
-            sections.append({"name": name, "anchor": anchor(name), "figures": found})
-        if shown:
-            written.append(out.with_name(f"{out.stem}-{anchor(name)}.png"))
-            figures.save_png(figures.panel_grid(shown, groups, 3, along), written[-1])
-    out.write_text(render(groups, sections, absent, list(dict.fromkeys(bands))), encoding="utf-8")
-    return written
+    write_page(groups, out, along)
+    return [out, *write_images(groups, out, along)]
 
 
-def all_sections(groups: list[Group]) -> list[tuple[str, list[Panel]]]:
-    return [
-        ("Accuracy", figures.accuracy_panels(groups)), ("Entropy", list(ENTROPY)), ("Credit", list(CREDIT)),
-        ("Responses", list(RESPONSES)), ("Update", list(UPDATE)), ("Time", list(figures.TIME)),
-    ]  # fmt: skip
+def all_panels(groups: list[Group]) -> dict[str, Sequence[Panel]]:
+    return {
+        "Accuracy": figures.accuracy_panels(groups), "Entropy": ENTROPY, "Credit": CREDIT, "Responses": RESPONSES,
+        "Update": UPDATE, "Time": TIME,
+    }  # fmt: skip
 
 
-def section_figures(
-    name: str, panels: list[Panel], groups: list[Group], along: str
-) -> tuple[list[dict[str, str]], list[str]]:
-    """(the SVGs of a section with their captions, what their bands are)."""
-    found, bands = [], []
-    for number, panel in enumerate(panels):
-        figure, told = figures.single(panel, groups, along)
-        bands += told
-        svg = figures.to_svg(figure, f"{anchor(name)}{number}", f"{panel.title}: {panel.why}")
-        found.append({"svg": svg, "why": panel.why})
-    if name == "Time" and any(figures.time_split(group) for group in groups):
+def told(panels: Sequence[Panel], groups: list[Group]) -> list[Panel]:
+    """Those that some group has the quantity of."""
+    return [panel for panel in panels if any(panel.curve(group) for group in groups)]
+
+
+def write_page(groups: list[Group], out: Path, along: str) -> None:
+    panels = all_panels(groups)
+    shown = {name: told(some, groups) for name, some in panels.items()}
+    absent = [panel.title for name, some in panels.items() for panel in some if panel not in shown[name]]
+    sections = [section(name, some, groups, along) for name, some in shown.items()]
+    out.write_text(render(groups, [s for s in sections if s["figures"]], absent), encoding="utf-8")
+
+
+def write_images(groups: list[Group], out: Path, along: str) -> list[Path]:
+    shown = {name: told(panels, groups) for name, panels in all_panels(groups).items()}
+    images = {anchor(name): figures.panel_grid(some, groups, 3, along)[0] for name, some in shown.items() if some}
+    if told_time(groups):
+        images["time-split"] = figures.time_bars(groups)
+    paths = {out.with_name(f"{out.stem}-{name}.png"): figure for name, figure in images.items()}
+    for path, figure in paths.items():
+        figures.save_png(figure, path)
+    return list(paths)
+
+
+def told_time(groups: list[Group]) -> bool:
+    return any(figures.time_split(group) for group in groups)
+
+
+def section(name: str, panels: list[Panel], groups: list[Group], along: str) -> dict[str, Any]:
+    """SVGs with their captions, and what the bands in them are."""
+    drawn, bands = [], []
+    if name == "Time" and told_time(groups):
         why = "Where a step's time goes. The update shrinks with the share without advantage; the rollout does not."
-        svg = figures.to_svg(figures.time_bars(groups), "timebars", f"Seconds per step: {why}")
-        found.insert(0, {"svg": svg, "why": why})
-    return found, bands
+        drawn.append(described_svg(figures.time_bars(groups), "time-split", "Seconds per step", why))
+    for number, panel in enumerate(panels):
+        figure, of_panel = figures.panel_grid([panel], groups, along=along, note=False)
+        drawn.append(described_svg(figure, f"{anchor(name)}-{number}", panel.title, panel.why))
+        bands += of_panel
+    return {"name": name, "anchor": anchor(name), "figures": drawn, "bands": bands}
 
 
-def render(groups: list[Group], sections: list[dict], absent: list[str], bands: list[str]) -> str:
+def described_svg(figure: Figure, name: str, title: str, why: str) -> dict[str, str]:
+    return {"svg": visible(figures.to_svg(figure, name, f"{title}: {why}")), "why": why}
+
+
+def render(groups: list[Group], sections: list[dict[str, Any]], absent: list[str]) -> str:
     members = tables.members(groups)
     prompts, some = side_by_side(groups)
     contents = [("results", "Results"), *((s["anchor"], s["name"]) for s in sections)]
     contents += [("samples", "Samples")] if prompts else []
     contents += [("configuration", "Configuration"), ("runs", "Runs")]
     return ENVIRONMENT.get_template("page.html").render(
-        title=" and ".join(group.label for group in groups) if len(groups) <= 3 else f"{len(groups)} configurations",
+        title=title(groups),
         groups=groups, runs=members, seeds=any(len(group.runs) > 1 for group in groups), smoothing=SMOOTHING,
-        bands=bands, contents=contents, results=tables.results(groups),
+        bands=list(dict.fromkeys(band for s in sections for band in s["bands"])), contents=contents, results=tables.results(groups),
         compared=tables.paired_differences(groups) if len(groups) > 1 else [],
         sections=sections, absent=absent, prompts=prompts, columns_left_out=some, different=differences(groups),
-        data_sets=list(dict.fromkeys(name for group in groups for name in group.data_sets)), empty=tables.Cell(""),
+        accuracies=[panel.title for panel in figures.accuracy_panels(groups) if panel.key == "pass@1"],
     )  # fmt: skip
 
 
@@ -90,9 +109,15 @@ def visible(text: Any) -> str:
 
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-    undefined=jinja2.StrictUndefined, finalize=lambda x: visible(x) if type(x) is str else x,
+    undefined=jinja2.StrictUndefined, finalize=lambda x: x if isinstance(x, Markup) else visible(x),
 )  # fmt: skip
-ENVIRONMENT.filters["visible"] = visible
+
+
+def title(groups: list[Group]) -> str:
+    if len(groups) > 3:
+        return f"{len(groups)} configurations"
+    *others, last = [group.label for group in groups]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def anchor(name: str) -> str:

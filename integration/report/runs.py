@@ -209,9 +209,9 @@ class Curve:
     """What y is the running mean of."""
 
 
-def step_curve(group: Group, key: str, along: str = "steps") -> Curve | None:
-    """Of a quantity in the steps' records: its running mean, over seeds with their band. None where no run has it.
-    Seeds are compared at the steps that all of them have."""
+def step_curve(group: Group, key: str, along: str = "steps", smooth: bool = True) -> Curve | None:
+    """Of a quantity in the steps' records: its running mean, or itself, over seeds with their band. None where no run
+    has it. Seeds are compared at the steps that all of them have."""
     seeds = [(run, run.values(key)) for run in group.runs]
     seeds = [(run, values) for run, values in seeds if values]
     steps = common_steps([values for _, values in seeds])
@@ -219,10 +219,9 @@ def step_curve(group: Group, key: str, along: str = "steps") -> Curve | None:
         return None
     x = positions([run for run, _ in seeds], steps, along, after=1)
     raw = np.array([[values[step] for step in steps] for _, values in seeds])
-    smooth = np.array([running_mean(row, max(SMOOTHING, len(steps) // 50)) for row in raw])
-    if len(seeds) == 1:
-        return thin(Curve(x, smooth[0], raw=raw[0]))
-    return thin(Curve(x, *seed_band(smooth)))
+    width = max(SMOOTHING, len(steps) // 50) if smooth else 1
+    means = np.array([running_mean(row, width) for row in raw])
+    return thin(Curve(x, means[0], raw=raw[0]) if len(seeds) == 1 else Curve(x, *seed_band(means)))
 
 
 def eval_curve(group: Group, data_set: str, metric: str, along: str = "steps") -> Curve | None:
@@ -239,7 +238,10 @@ def eval_curve(group: Group, data_set: str, metric: str, along: str = "steps") -
     x = positions([run for run, _ in seeds], steps, along, after=0)
     y = np.array([[values[step] for step in steps] for _, values in seeds])
     if len(seeds) > 1:
-        return Curve(x, *seed_band(y))
+        mean, low, high, band = seed_band(y)
+        if metric.startswith("pass@"):
+            low, high = low.clip(0, 1), high.clip(0, 1)  # no accuracy lies beyond
+        return Curve(x, mean, low, high, band)
     evaluations = seeds[0][0].evaluations(data_set)
     problems = [per_problem(evaluations[step], metric) for step in steps]
     if any(p is None for p in problems):
@@ -265,7 +267,7 @@ def per_problem(evaluation: dict[str, Any], metric: str) -> np.ndarray | None:
     return pass_at_k(successes, samples, 1 if metric == "pass@1" else min(samples, most_samples(evaluation)))
 
 
-def common_steps(series: list[dict[int, float]]) -> list[int]:
+def common_steps(series: list[dict[int, Any]]) -> list[int]:
     return sorted(set.intersection(*(set(values) for values in series))) if series else []
 
 

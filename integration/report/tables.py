@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..accuracy import bootstrap_interval
-from .figures import time_split
-from .runs import Group, Run, eval_curve, per_problem, read, step_curve
+from .figures import Panel, accuracy_panels, time_split
+from .runs import Group, common_steps, per_problem, read, step_curve, step_seconds
 
 NAN = float("nan")
 # Settings that decide which problems a data set of the training task holds.
@@ -66,7 +66,7 @@ def markdown(cells: list[list[str]]) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    value: str
+    value: str = ""
     interval: str = ""
     marked: bool = False
     """Of a difference: the interval is on one side of 0. Of a setting: it differs."""
@@ -75,77 +75,87 @@ class Cell:
 def results(groups: list[Group]) -> list[tuple[str, list[Cell]]]:
     """(what, one cell per group) of what a run is judged by; rows that no group has are left out."""
     rows = []
-    for name in dict.fromkeys(name for group in groups for name in group.data_sets):
-        rows.append((f"{name}: pass@1 at the start", [accuracy(group, name, "pass@1", 0) for group in groups]))
-        rows.append((f"{name}: pass@1 at the end", [accuracy(group, name, "pass@1", -1) for group in groups]))
-        rows.append((f"{name}: pass@n at the end", [accuracy(group, name, "pass@n", -1) for group in groups]))
+    for panel in accuracy_panels(groups):
+        rows.append((f"{panel.title} at the end", [accuracy(group, panel, -1) for group in groups]))
+        rows.append((f"{panel.title} at the start", [accuracy(group, panel, 0) for group in groups]))
     rows += [
-        ("Entropy at the start, nats per token", [of_steps(group, "sampler_entropy", 0) for group in groups]),
-        ("Entropy at the end", [of_steps(group, "sampler_entropy", -1) for group in groups]),
+        ("Entropy at the end, nats per token", [of_steps(group, "sampler_entropy", -1) for group in groups]),
+        ("Entropy at the start", [of_steps(group, "sampler_entropy", 0) for group in groups]),
         ("Share without advantage, mean", [of_steps(group, "zero_fraction", None) for group in groups]),
-        ("Response length at the end, tokens", [of_steps(group, "response_length", -1, "{:.0f}") for group in groups]),
-        ("Seconds per step, mean", [Cell(f"{sum(x.values()):.3g}") if (x := time_split(group)) else Cell("")
-                                    for group in groups]),
-        ("Tokens generated per second", [Cell(tokens_per_second(group)) for group in groups]),
-        ("Steps made", [Cell(" + ".join(str(len(run.steps)) for run in group.runs)) for group in groups]),
-    ]  # fmt: skip
+        ("Response length at the end, tokens", [of_steps(group, "response_length", -1, ".0f") for group in groups]),
+        ("Seconds per step, mean", [seconds_per_step(group) for group in groups]),
+        ("Tokens generated per second", [tokens_per_second(group) for group in groups]),
+        ("Steps made", [steps_made(group) for group in groups]),
+    ]
     return [(what, cells) for what, cells in rows if any(cell.value for cell in cells)]
 
 
-def accuracy(group: Group, data_set: str, metric: str, at: int) -> Cell:
+def accuracy(group: Group, panel: Panel, at: int) -> Cell:
     """In percent."""
-    curve = eval_curve(group, data_set, metric)
+    curve = panel.curve(group)
     if curve is None:
-        return Cell("")
+        return Cell()
     interval = "" if curve.low is None else f"{100 * curve.low[at]:.1f} to {100 * curve.high[at]:.1f}"
     return Cell(f"{100 * curve.y[at]:.1f}", interval)
 
 
-def of_steps(group: Group, key: str, at: int | None, form: str = "{:.3g}") -> Cell:
+def of_steps(group: Group, key: str, at: int | None, form: str = ".3f") -> Cell:
     """The running mean at a place, or the mean of all steps."""
     curve = step_curve(group, key)
     if curve is None:
-        return Cell("")
-    pick = (lambda x: x[at]) if at is not None else np.mean
-    interval = "" if curve.low is None else f"{form.format(pick(curve.low))} to {form.format(pick(curve.high))}"
-    return Cell(form.format(pick(curve.y)), interval)
+        return Cell()
+    value, low, high = (
+        None if x is None else format(x.mean() if at is None else x[at], form) for x in (curve.y, curve.low, curve.high)
+    )
+    return Cell(value, "" if low is None else f"{low} to {high}")
 
 
-def tokens_per_second(group: Group) -> str:
-    steps = [r for run in group.runs for r in run.steps if r.get("tokens_generated") and r.get("seconds_total")]
+def seconds_per_step(group: Group) -> Cell:
+    split = time_split(group)
+    return Cell(f"{sum(split.values()):.3g}" if split else "")
+
+
+def steps_made(group: Group) -> Cell:
+    counts = [len(run.steps) for run in group.runs]
+    return Cell(", ".join(map(str, counts)) if any(counts) else "")
+
+
+def tokens_per_second(group: Group) -> Cell:
+    steps = [r for run in group.runs for r in run.steps if r.get("tokens_generated") and step_seconds(r)]
     if not steps:
-        return ""
-    return f"{sum(r['tokens_generated'] for r in steps) / sum(r['seconds_total'] for r in steps):,.0f}"
+        return Cell()
+    return Cell(f"{sum(r['tokens_generated'] for r in steps) / sum(map(step_seconds, steps)):,.0f}")
 
 
 def paired_differences(groups: list[Group]) -> list[tuple[str, list[Cell]]]:
-    """(what, one cell for each group after the first) of accuracy at the end less that of the first group, in points.
+    """(what, one cell for each group after the first) of accuracy less that of the first group, in points, at the last
+    step at which both were evaluated.
 
     Paired: each problem's difference, its mean over seeds, problems drawn anew. Only where both were evaluated on the
     same problems; a cell is empty elsewhere.
     """
-    rows = []
     first, *others = groups
-    for name in first.data_sets:
-        for metric in ("pass@1", "pass@n"):
-            cells = [difference(first, group, name, metric) for group in others]
-            if any(cell.value for cell in cells):
-                rows.append((f"{name}: {metric}", cells))
-    return rows
+    rows = [(panel.title, [difference(first, group, panel) for group in others]) for panel in accuracy_panels(groups)]
+    return [(what, cells) for what, cells in rows if any(cell.value for cell in cells)]
 
 
-def difference(first: Group, second: Group, data_set: str, metric: str) -> Cell:
-    a, b = (last_per_problem(group, data_set, metric) for group in (first, second))
-    if a is None or b is None or len(a) != len(b) or problems_of(first, data_set) != problems_of(second, data_set):
-        return Cell("")
+def difference(first: Group, second: Group, panel: Panel) -> Cell:
+    runs = [run for group in (first, second) for run in group.runs if run.evaluations(panel.data_set)]
+    steps = common_steps([run.evaluations(panel.data_set) for run in runs])
+    if not steps or problems_of(first, panel.data_set) != problems_of(second, panel.data_set):
+        return Cell()
+    a, b = (seed_mean(group, panel, steps[-1]) for group in (first, second))
+    if a is None or b is None or len(a) != len(b):
+        return Cell()
     low, high = bootstrap_interval(b - a)
-    return Cell(f"{100 * (b - a).mean():+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}", low > 0 or high < 0)
+    about = f"{100 * low:+.1f} to {100 * high:+.1f}, step {steps[-1]}"
+    return Cell(f"{100 * (b - a).mean():+.1f}", about, low > 0 or high < 0)
 
 
-def last_per_problem(group: Group, data_set: str, metric: str) -> np.ndarray | None:
-    """[P] mean over seeds at the end."""
-    seeds = [list(run.evaluations(data_set).values()) for run in group.runs]
-    found = [per_problem(evaluations[-1], metric) for evaluations in seeds if evaluations]
+def seed_mean(group: Group, panel: Panel, step: int) -> np.ndarray | None:
+    """[P] accuracy on each problem, mean over seeds; None where the counts are not told."""
+    evaluations = [run.evaluations(panel.data_set) for run in group.runs]
+    found = [per_problem(e[step], panel.key) for e in evaluations if e]
     if not found or any(x is None or len(x) != len(found[0]) for x in found):
         return None
     return np.mean(found, 0)
@@ -162,17 +172,15 @@ def problems_of(group: Group, data_set: str) -> list[Any]:
 def members(groups: list[Group]) -> list[dict[str, Any]]:
     """One row per run."""
     rows = []
+    panels = [panel for panel in accuracy_panels(groups) if panel.key == "pass@1"]
     for index, group in enumerate(groups):
         for run in group.runs:
-            alone = Group(run.name, [run])
             rows.append(
                 {
                     "index": index, "name": str(run.folder), "seed": run.config.get("seed", ""), "steps": len(run.steps),
                     "planned": run.config.get("steps", ""), "device": run.about.get("device", ""),
                     "versions": ", ".join(f"{k} {v}" for k, v in run.about.get("versions", {}).items()),
-                    "accuracy": {name: accuracy(alone, name, "pass@1", -1) for name in run.data_sets},
+                    "accuracy": [accuracy(Group(run.name, [run]), panel, -1) for panel in panels],
                 }
             )  # fmt: skip
     return rows
-
-
