@@ -22,6 +22,10 @@ from ..config import TrainConfig
 from ..rollout import Rollout
 
 
+IN_PROCESS = ("sampler", "transformers")
+"""These draw from the model itself; the others from a copy."""
+
+
 class EngineError(RuntimeError):
     """The engine is dead, stuck, or does not do what it is asked."""
 

@@ -32,9 +32,7 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 class VLLM:
     """Draws from a copy of the policy in vLLM."""
 
-    def __init__(
-        self, config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
-    ):
+    def __init__(self, config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path):
         """folder: checkpoint of `model`. Raises ModuleNotFoundError: no vLLM here. EngineError: it does not start."""
         if importlib.util.find_spec("vllm") is None:
             raise ModuleNotFoundError(

@@ -12,7 +12,6 @@ import http.client
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -96,9 +95,7 @@ class VLLMServer:
             response = connection.getresponse()
             text = response.read().decode()
         except TimeoutError:
-            raise EngineError(
-                f"{server} did not answer to {path} within {self.timeout} s (rollout.timeout)"
-            ) from None
+            raise EngineError(f"{server} did not answer to {path} within {self.timeout} s (rollout.timeout)") from None
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"{server} cannot be reached at {path}: {type(error).__name__}: {error}") from None
         finally:
