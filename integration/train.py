@@ -31,7 +31,7 @@ from torch import Tensor
 
 from qae_kernels import Advantages, EntropyTargetK, group_advantages
 
-from . import parallel, report
+from . import checkpoint, parallel, report
 from .checkpoint import CheckpointError
 from .collect import collect
 from .config import PRESETS, TrainConfig
@@ -198,7 +198,9 @@ def main() -> None:
     except Stopped as stopped:
         print(stopped)
         sys.exit(130)
-    except (OSError, ValueError, CheckpointError, EngineError, FloatingPointError) as error:
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}. {checkpoint.describe(config.folder / 'checkpoints')}")
+    except (OSError, ValueError, CheckpointError, EngineError) as error:
         sys.exit(f"error: {error}")
     if parallel.leads():
         report.plot([folder], folder / "figure.png")

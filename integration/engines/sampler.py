@@ -70,6 +70,8 @@ def sample(
     next_position = attention.sum(1)
     for t in range(steps):
         all_logprobs = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), -1)
+        if all_logprobs.isnan().any():
+            raise FloatingPointError(f"the policy's logits for response token {t} are not numbers")
         probabilities = all_logprobs.exp()
         token = choose(probabilities, noise[rows, t], sampling)
         live = ~finished[rows]  # a finished row may still wait in the batch for the next compaction
