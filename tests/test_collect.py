@@ -47,14 +47,14 @@ MIXED, RIGHT, WRONG = (1, 0, 1), (1, 1, 1), (0, 0, 0)
 
 @pytest.fixture(scope="module")
 def engine():
-    model, tokenizer = new_model(ModelConfig(), 0, torch.device("cpu"))
-    return Sampler(model, tokenizer)
+    return Sampler(*new_model(ModelConfig(), 0))
 
 
 def collected(engine, outcomes, **changes):
     said = []
     verifier = Decided(outcomes)
-    result = collect(engine, make_tokenizer(), Numbers(), verifier, replace(CONFIG, **changes), 10, said.append)
+    result = collect(engine, make_tokenizer(), Numbers(), verifier, replace(CONFIG, **changes), 10,
+                     torch.device("cpu"), said.append)  # fmt: skip
     return result, verifier, said
 
 
