@@ -48,7 +48,7 @@ def load(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(
-            f"no model called {name!r}: expected a folder, or a name on the Hugging Face hub that can be reached ({error})"
+            f"no model called {str(name)!r}: expected a folder, or a name on the Hugging Face hub; asked there: {error}"
         ) from error
 
 

@@ -3,9 +3,11 @@
     torchrun --nproc-per-node 8 -m integration.train ...
 
 The model is sharded by PyTorch's FSDP2: a rank holds its part of every weight, gradient and optimizer state in float32,
-and gathers a layer at a time, in the dtype of the forward, when it runs. In bfloat16 one rank alone is a group of one:
-float32 weights under a bfloat16 forward are then the same code on one device and on many. In float32 one rank needs none
-of it, and every function here does the plain thing.
+and gathers a layer at a time, in the dtype of the forward, when it runs. Gradients are summed over the ranks after each
+micro-batch: kept until the last one they would be whole, 4 bytes a parameter on every GPU.
+
+In bfloat16 one rank alone is a group of one: float32 weights under a bfloat16 forward are then the same code on one
+device and on many. In float32 one rank needs none of it, and every function here does the plain thing.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import subprocess
 import sys
-import tempfile
 
 import pytest
 import torch
@@ -18,10 +17,9 @@ from integration.config import LoraConfig, ModelConfig, TrainConfig
 from integration.engines import Sampling
 from integration.engines.sampler import Sampler
 from integration.models import add_adapters, new_model
-from integration.optimizer import learning_rate, make_optimizer, set_learning_rate
+from integration.optimizer import make_optimizer, set_learning_rate
 from integration.packing import hidden_states, output_head, pack
-from integration.rollout import Rollout
-from integration.update import recompute_logprobs, update_policy
+from integration.update import update_policy
 from qae_kernels import group_advantages, linear_token_logprobs
 
 CPU = torch.device("cpu")
@@ -114,7 +112,7 @@ def generation(rank, folder):
     with torch.no_grad():
         model(torch.tensor(PROMPTS[:1]))
     outside = {type(p) for p in model.model.layers.parameters()}, model.training
-    gathered = parallel.gather_rollout(generate(model, tokenizer, parallel.share(PROMPTS), 6 + 6 * rank))
+    gathered = parallel.gather_rollout(generate(model, tokenizer, parallel.share(PROMPTS), 6 + 6 * rank), CPU)
     advantages = group_advantages(torch.arange(16) % 3 / 2, GROUP_SIZE, baseline="mean", backend="torch")
     norm = update_policy(model, optimizer, gathered, advantages, torch.arange(16), config).grad_norm
     after = generate(model, tokenizer, PROMPTS[:1], 8)
@@ -226,6 +224,24 @@ def test_bfloat16_is_of_the_forward_and_not_of_the_statistics(name, ranks):
     norms = [norm for norm, _ in ranks[0][name]["updates"]]
     exact = [norm for norm, _ in ranks[0]["untied"]["updates"]]
     assert norms != pytest.approx(exact, rel=1e-5) and norms == pytest.approx(exact, rel=0.03)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_as_the_cpu():
+    """nccl, fused AdamW, flash attention where it is installed."""
+    expected, config = train("untied"), CASES["bfloat16"]
+    device = parallel.start(torch.device("cuda"), config)
+    model = qwen(tied=False).train()
+    parallel.shard(model, device, config)
+    optimizer = make_optimizer(model, config)
+    rollout = parallel.moved(random_rollout(qwen()), device)
+    advantages = group_advantages(REWARDS.to(device), GROUP_SIZE, backend="torch")
+    for step, (norm, _) in enumerate(expected["updates"]):
+        set_learning_rate(optimizer, config, step)
+        got = update_policy(model, optimizer, rollout, advantages, torch.arange(B), config).grad_norm
+        assert got == pytest.approx(norm, rel=0.03)
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+    assert optimizer.defaults["fused"]
 
 
 def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_update(ranks):
