@@ -210,8 +210,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     if state:
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-    if distributed():
-        dist.barrier()
+    barrier()
 
 
 # --- checkpoints
@@ -219,13 +218,13 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 def save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Weights and optimizer states, each rank its part; any other number of ranks can load them."""
-    dcp.save(state_of(model, optimizer), checkpoint_id=folder)
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder, no_dist=not distributed())
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Restores, bit by bit, what `save_state` wrote, in place."""
     state = state_of(model, optimizer)
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder, no_dist=not distributed())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from ranks import run_ranks
-from test_packing import GROUP_SIZE, REWARDS, B, qwen, random_rollout
+from safetensors.torch import load_file
+from test_packing import GROUP_SIZE, MODELS, REWARDS, B, qwen, random_rollout
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +31,7 @@ CASES = {
     "tied": BASE,
     "untied": BASE,
     "checkpointing": dataclasses.replace(BASE, activation_checkpointing=True),
+    "experts": BASE,
     "lora": dataclasses.replace(BASE, lora=LoraConfig(rank=4)),
     "bfloat16": dataclasses.replace(BASE, dtype="bfloat16"),
     "lora, bfloat16": dataclasses.replace(BASE, dtype="bfloat16", lora=LoraConfig(rank=4)),
@@ -39,10 +41,14 @@ TINY = ModelConfig(hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, i
 PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11], [12]]
 
 
+def plain(name):
+    return MODELS["qwen3, mixture of experts"]() if name == "experts" else qwen(name in ("tied", "checkpointing"))
+
+
 def policy(name, seed=0):
     """(model, optimizer), sharded where there are ranks."""
     config = CASES[name]
-    model = qwen(tied=name in ("tied", "checkpointing"))
+    model = plain(name)
     if seed:
         torch.nn.init.normal_(model.model.embed_tokens.weight)
     if config.lora.rank:
@@ -183,7 +189,7 @@ def assert_same(got, expected, name, atol=1e-6):
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one(name, ranks):
     expected = train(name)
-    start = dict(qwen(tied=name in ("tied", "checkpointing")).named_parameters())
+    start = dict(parallel.full_parameters(plain(name)))
     assert expected["updates"][0][0] > 2 * BASE.max_grad_norm, "want gradients that are clipped"
     assert any((expected["weights"][key] - weight).abs().max() > 0.01 for key, weight in start.items())
     assert expected["weights"].keys() == start.keys(), "want the names of the model without adapters"
@@ -347,6 +353,16 @@ def test_merged_adapters_are_the_adapted_model():
         before = qwen(tied=False)(ids).logits
     torch.testing.assert_close(merged, adapted, rtol=0, atol=2e-5)
     assert (merged - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_weights_have_the_names_of_a_checkpoint(name, tmp_path):
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    got = dict(parallel.full_parameters(model))
+    assert got.keys() == saved.keys()
+    assert all(torch.equal(got[key], value) for key, value in saved.items())
 
 
 def test_an_export_opens_as_the_same_model(tmp_path):
