@@ -20,7 +20,11 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
-        "train": ["transformers>=5.0", "reasoning-gym>=0.1.25", "peft", "tyro", "rich", "matplotlib"],
+        "train": [
+            "transformers>=5.0", "datasets", "peft", "math-verify", "reasoning-gym>=0.1.25", "tyro", "rich", "matplotlib",
+            "jinja2",
+        ],  # fmt: skip
+        "track": ["tensorboard", "wandb", "trackio"],
         "vllm": ["vllm"],
         "flash-attn": ["flash-attn"],
         "trl": ["trl>=1.16"],
@@ -29,7 +33,11 @@ setup(
         # What the benchmarks compare with, where it is installed. flash-attn and verl too, if they are there: see
         # bench/peers.py.
         "peers": ["liger-kernel>=0.8.5", "trl>=1.16", "cut-cross-entropy>=25.1.1"],
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "pytest-cov", "hypothesis", "ruff", "pre-commit"],
+        # trackio brings gradio, 190 MB in all: its test skips itself where it is not installed.
+        "dev": [
+            *("pytest", "pytest-benchmark", "pytest-xdist", "pytest-cov", "hypothesis", "ruff", "pre-commit"),
+            *("tensorboard", "wandb"),
+        ],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
