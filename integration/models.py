@@ -23,7 +23,8 @@ def open_policy(config: TrainConfig, device: torch.device) -> tuple[PreTrainedMo
     """What `config.init` names, or a new Qwen3; the same on every rank, where `parallel.shard` then cuts it.
 
     Weights that are trained are float32, those that adapters leave as they are have the dtype of the forward. A model
-    that will be sharded stays in the memory of the host, from where `shard` takes it a layer at a time.
+    that will be sharded stays in the memory of the host, where every rank reads the whole of it, and `shard` takes it
+    from there a layer at a time.
     Raises FileNotFoundError: nothing of that name. ValueError: a family that `packing` does not know.
     """
     if config.init is None:
@@ -48,7 +49,7 @@ def load(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(
-            f"no model called {name!r}: expected a folder, or a name on the Hugging Face hub that can be reached ({error})"
+            f"no model called {str(name)!r}: expected a folder, or a name on the Hugging Face hub; asked there: {error}"
         ) from error
 
 

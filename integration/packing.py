@@ -124,7 +124,8 @@ def check_packing(model: PreTrainedModel) -> None:
     row = Packed(
         input_ids=ids[places][None], position_ids=places[None], lengths=lengths,
         predicting=torch.arange(len(places), device=device), tokens=ids[places],
-        cu_seqlens=torch.tensor([0, *lengths], device=device).cumsum(0), rows=places[:2], mask=places[:2, None] == places,
+        cu_seqlens=torch.tensor([0, *lengths], device=device).cumsum(0), rows=places[:2],
+        mask=torch.ones(2, len(places), dtype=torch.bool, device=device),
     )  # fmt: skip
     head = output_head(model)
     logits = nn.functional.linear(hidden_states(model, row), head["weight"], head["bias"]).float() * head["logit_scale"]
@@ -137,8 +138,8 @@ def check_packing(model: PreTrainedModel) -> None:
         error = (got - want).abs().max().item()
         if not error <= tolerance * size:
             raise ValueError(
-                f"{type(model).__name__} is of a family that {name} rows do not know: logits of up to {size:.3g} differ "
-                f"by {error:.3g} from its own"
+                f"{type(model).__name__} is of a family that {name} rows do not know: logits of up to {size:.3g} "
+                f"differ by {error:.3g} from its own"
             )
 
 
@@ -194,7 +195,7 @@ def attend(
     softcap: float | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """SDPA; where the scores are capped (Gemma 2), which SDPA does not know, plain operations. mask: bool, None: causal."""
+    """SDPA; plain operations where scores are capped (Gemma 2), which SDPA does not know. mask: bool; None: causal."""
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, mask, **settings)
     if mask is None:

@@ -3,9 +3,11 @@
     torchrun --nproc-per-node 8 -m integration.train ...
 
 The model is sharded by PyTorch's FSDP2: a rank holds its part of every weight, gradient and optimizer state in float32,
-and gathers a layer at a time, in the dtype of the forward, when it runs. In bfloat16 one rank alone is a group of one:
-float32 weights under a bfloat16 forward are then the same code on one device and on many. In float32 one rank needs none
-of it, and every function here does the plain thing.
+and gathers a layer at a time, in the dtype of the forward, when it runs. Gradients are summed over the ranks after each
+micro-batch: kept until the last one they would be whole, 4 bytes a parameter on every GPU.
+
+In bfloat16 one rank alone is a group of one: float32 weights under a bfloat16 forward are then the same code on one
+device and on many. In float32 one rank needs none of it, and every function here does the plain thing.
 """
 
 from __future__ import annotations
@@ -213,8 +215,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     if state:
         model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
-    if distributed():
-        dist.barrier()
+    barrier()
 
 
 # --- checkpoints
@@ -222,13 +223,13 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 def save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Weights and optimizer states, each rank its part; any other number of ranks can load them."""
-    dcp.save(state_of(model, optimizer), checkpoint_id=folder)
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder, no_dist=not distributed())
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Restores, bit by bit, what `save_state` wrote, in place."""
     state = state_of(model, optimizer)
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder, no_dist=not distributed())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 

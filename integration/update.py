@@ -36,8 +36,8 @@ from .packing import Packed, hidden_states, output_head, pack
 from .parallel import as_forward, distributed, rank_and_world_size, whole
 from .rollout import Rollout
 
-# Bounds of trainer / sampler: truncated importance sampling's is the default of `rollout_correction`, IcePop's are those
-# of its paper, arXiv 2510.18855.
+# Bounds of trainer / sampler: that of truncated importance sampling is the default of `rollout_correction`, those of
+# IcePop are its paper's, arXiv 2510.18855.
 CORRECTIONS = {
     "tis": {"mode": "truncate", "low": None, "high": 2.0},
     "icepop": {"mode": "mask", "low": 0.5, "high": 5.0},

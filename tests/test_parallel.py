@@ -4,12 +4,12 @@ import dataclasses
 import math
 import subprocess
 import sys
-import tempfile
 
 import pytest
 import torch
 from ranks import run_ranks
-from test_packing import GROUP_SIZE, REWARDS, B, qwen, random_rollout
+from safetensors.torch import load_file
+from test_packing import GROUP_SIZE, MODELS, REWARDS, B, qwen, random_rollout
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -18,10 +18,9 @@ from integration.config import LoraConfig, ModelConfig, TrainConfig
 from integration.engines import Sampling
 from integration.engines.sampler import Sampler
 from integration.models import add_adapters, new_model
-from integration.optimizer import learning_rate, make_optimizer, set_learning_rate
+from integration.optimizer import make_optimizer, set_learning_rate
 from integration.packing import hidden_states, output_head, pack
-from integration.rollout import Rollout
-from integration.update import recompute_logprobs, update_policy
+from integration.update import update_policy
 from qae_kernels import group_advantages, linear_token_logprobs
 
 CPU = torch.device("cpu")
@@ -32,6 +31,7 @@ CASES = {
     "tied": BASE,
     "untied": BASE,
     "checkpointing": dataclasses.replace(BASE, activation_checkpointing=True),
+    "experts": BASE,
     "lora": dataclasses.replace(BASE, lora=LoraConfig(rank=4)),
     "bfloat16": dataclasses.replace(BASE, dtype="bfloat16"),
     "lora, bfloat16": dataclasses.replace(BASE, dtype="bfloat16", lora=LoraConfig(rank=4)),
@@ -41,10 +41,14 @@ TINY = ModelConfig(hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, i
 PROMPTS = [[3, 4, 5], [6, 7], [8, 9, 10, 11], [12]]
 
 
+def plain(name):
+    return MODELS["qwen3, mixture of experts"]() if name == "experts" else qwen(name in ("tied", "checkpointing"))
+
+
 def policy(name, seed=0):
     """(model, optimizer), sharded where there are ranks."""
     config = CASES[name]
-    model = qwen(tied=name in ("tied", "checkpointing"))
+    model = plain(name)
     if seed:
         torch.nn.init.normal_(model.model.embed_tokens.weight)
     if config.lora.rank:
@@ -114,7 +118,7 @@ def generation(rank, folder):
     with torch.no_grad():
         model(torch.tensor(PROMPTS[:1]))
     outside = {type(p) for p in model.model.layers.parameters()}, model.training
-    gathered = parallel.gather_rollout(generate(model, tokenizer, parallel.share(PROMPTS), 6 + 6 * rank))
+    gathered = parallel.gather_rollout(generate(model, tokenizer, parallel.share(PROMPTS), 6 + 6 * rank), CPU)
     advantages = group_advantages(torch.arange(16) % 3 / 2, GROUP_SIZE, baseline="mean", backend="torch")
     norm = update_policy(model, optimizer, gathered, advantages, torch.arange(16), config).grad_norm
     after = generate(model, tokenizer, PROMPTS[:1], 8)
@@ -185,7 +189,7 @@ def assert_same(got, expected, name, atol=1e-6):
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_train_as_one(name, ranks):
     expected = train(name)
-    start = dict(qwen(tied=name in ("tied", "checkpointing")).named_parameters())
+    start = dict(parallel.full_parameters(plain(name)))
     assert expected["updates"][0][0] > 2 * BASE.max_grad_norm, "want gradients that are clipped"
     assert any((expected["weights"][key] - weight).abs().max() > 0.01 for key, weight in start.items())
     assert expected["weights"].keys() == start.keys(), "want the names of the model without adapters"
@@ -226,6 +230,24 @@ def test_bfloat16_is_of_the_forward_and_not_of_the_statistics(name, ranks):
     norms = [norm for norm, _ in ranks[0][name]["updates"]]
     exact = [norm for norm, _ in ranks[0]["untied"]["updates"]]
     assert norms != pytest.approx(exact, rel=1e-5) and norms == pytest.approx(exact, rel=0.03)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_as_the_cpu():
+    """nccl, fused AdamW, flash attention where it is installed."""
+    expected, config = train("untied"), CASES["bfloat16"]
+    device = parallel.start(torch.device("cuda"), config)
+    model = qwen(tied=False).train()
+    parallel.shard(model, device, config)
+    optimizer = make_optimizer(model, config)
+    rollout = parallel.moved(random_rollout(qwen()), device)
+    advantages = group_advantages(REWARDS.to(device), GROUP_SIZE, backend="torch")
+    for step, (norm, _) in enumerate(expected["updates"]):
+        set_learning_rate(optimizer, config, step)
+        got = update_policy(model, optimizer, rollout, advantages, torch.arange(B), config).grad_norm
+        assert got == pytest.approx(norm, rel=0.03)
+    assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
+    assert optimizer.defaults["fused"]
 
 
 def test_a_gradient_that_is_not_finite_stops_every_rank_before_the_update(ranks):
@@ -331,6 +353,16 @@ def test_merged_adapters_are_the_adapted_model():
         before = qwen(tied=False)(ids).logits
     torch.testing.assert_close(merged, adapted, rtol=0, atol=2e-5)
     assert (merged - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_weights_have_the_names_of_a_checkpoint(name, tmp_path):
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    got = dict(parallel.full_parameters(model))
+    assert got.keys() == saved.keys()
+    assert all(torch.equal(got[key], value) for key, value in saved.items())
 
 
 def test_an_export_opens_as_the_same_model(tmp_path):
