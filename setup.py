@@ -20,7 +20,10 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
-        "train": ["transformers>=5.0", "reasoning-gym>=0.1.25", "tyro", "rich", "matplotlib"],
+        "train": [
+            "transformers>=5.0", "reasoning-gym>=0.1.25", "datasets>=4.0", "math-verify>=0.9", "tyro", "rich",
+            "matplotlib",
+        ],  # fmt: skip
         "vllm": ["vllm"],
         "flash-attn": ["flash-attn"],
         "trl": ["trl>=1.16"],
