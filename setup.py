@@ -21,9 +21,14 @@ setup(
     ],
     extras_require={
         "train": [
-            "transformers>=5.0", "reasoning-gym>=0.1.25", "datasets>=4.0", "math-verify>=0.9", "tyro", "rich",
+            "transformers>=5.0",
+            "datasets>=4.0",
+            "reasoning-gym>=0.1.25",
+            "math-verify>=0.9",
+            "tyro",
+            "rich",
             "matplotlib",
-        ],  # fmt: skip
+        ],
         "vllm": ["vllm"],
         "flash-attn": ["flash-attn"],
         "trl": ["trl>=1.16"],

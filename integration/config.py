@@ -71,7 +71,7 @@ class DataConfig:
     chat_template: bool = False
     """Prompts go through the tokenizer's chat template; else they are taken as they are."""
     instruction: str = ""
-    """Put after each problem, e.g. "Put the final answer within \\boxed{}.". Empty: that of the preset, if it has one."""
+    """Put after each problem, e.g. "Put the final answer within \\boxed{}.". Empty: that of the preset, if any."""
     held_out: int = 256
     """Problems kept for the evaluation "held-out", and those of an evaluation "gym:<task>"."""
     gym_options: str = "{}"

@@ -204,7 +204,7 @@ def test_there_are_enough_of_them(tmp_path):
     assert len(nonsense()) + len(code(tmp_path / "canary")) > 100
 
 
-SYMBOLIC = [pytest.param(gold, marks=pytest.mark.slow) for gold in ("\\frac{\\sqrt{3}}{2}", "x^2+1", "(1,2)", "blue")]
+SYMBOLIC = [pytest.param(gold, marks=pytest.mark.slow) for gold in ("\\frac{\\sqrt{3}}{2}", "(1,2)")]
 
 
 @pytest.mark.parametrize("gold", ["7", *SYMBOLIC])
@@ -225,9 +225,8 @@ def test_reasoning_gym(pool, tmp_path, tasks):
     for task in tasks:
         answer = chain_sum() if task == "chain_sum" else entry(task)
         for text in (code(canary) | nonsense()).values():
-            for form in (text, f"<answer>{text}</answer>"):
-                texts.append(form)
-                problems.append(Problem("", answer, "gym", "test"))
+            texts.append(f"<answer>{text}</answer>" if len(texts) % 2 else text)
+            problems.append(Problem("", answer, "gym", "test"))
     assert_none_is_right(texts, problems, judge(pool, texts, problems))
     assert not canary.exists()
 

@@ -461,6 +461,32 @@ open({str(tmp_path / "kept")!r}).close()
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 
+@pytest.mark.parametrize("built_in", [True, False])
+def test_the_hook_is_there_for_the_verifiers_of_this_package_only(tmp_path, built_in):
+    """A verifier of the user may start processes: a judge of code has to."""
+    (tmp_path / "touching.py").write_text(
+        f"def score(text, answer):\n    open({str(tmp_path / 'canary')!r}, 'w')\n    return 1.0\n", encoding="utf-8"
+    )
+    code = f"""
+import os, sys
+from integration import verifiers, verify_worker
+class Connection:
+    sent, asked = [], [[("", None)]]
+    def send_bytes(self, data): self.sent.append(data)
+    def recv(self): return self.asked.pop()
+sys.path.insert(0, {str(tmp_path)!r})
+if {built_in}:
+    verifiers.VERIFIERS["touching"] = "touching:score"
+connection = Connection()
+try:
+    verify_worker.serve(connection, "touching" if {built_in} else "touching:score")
+except IndexError:
+    os._exit(b"PermissionError" in connection.sent[1])
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert run.returncode == built_in and (tmp_path / "canary").exists() == (not built_in)
+
+
 def gone(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
