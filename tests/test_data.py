@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 from itertools import islice
@@ -12,6 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 import reasoning_gym
+import tyro
 
 from integration.arithmetic import Task, expression, make_tokenizer, worked_answer
 from integration.config import DataConfig, TaskConfig, TrainConfig
@@ -75,6 +78,12 @@ EVAL_ROWS = {  # as in the data sets of the presets
     "aime-2025": [{"problem": "Find x.", "answer": "25", "id": "0"}],
     "amc-2023": [{"id": 0, "question": "Find x.", "answer": 25.0, "url": "u"}],
 }
+
+
+def chat():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def everything(source, count):
@@ -211,14 +220,12 @@ def test_files_that_are_refused(tmp_path):
 
 
 def test_chat_template_or_raw(tmp_path):
-    chat = make_tokenizer()
-    chat.chat_template = TEMPLATE
     path = write(tmp_path / "own.jsonl", [{"prompt": "1+1?", "answer": "2"}])
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "1+1?"}]
     talk = write(tmp_path / "talk.jsonl", [{"prompt": turns, "answer": "2"}])
 
     def prompt(path, **settings):
-        return everything(open_source(config(path, **settings), chat), 1)[0].prompt
+        return everything(open_source(config(path, **settings), chat()), 1)[0].prompt
 
     assert prompt(path) == "1+1?"
     assert prompt(path, instruction="Box it.") == "1+1?\nBox it."
@@ -226,7 +233,7 @@ def test_chat_template_or_raw(tmp_path):
     assert prompt(path, chat_template=True, instruction="Box it.") == "<user>1+1?\nBox it.<assistant>"
     assert prompt(talk) == "Be kind.\n\n1+1?"
     assert prompt(talk, chat_template=True, instruction="Box it.") == "<system>Be kind.<user>1+1?\nBox it.<assistant>"
-    gym = everything(open_source(config("gym:chain_sum", chat_template=True, instruction="Box it."), chat), 1)[0]
+    gym = everything(open_source(config("gym:chain_sum", chat_template=True, instruction="Box it."), chat()), 1)[0]
     assert gym.prompt == f"<user>{gym.answer['question']}\nBox it.<assistant>"
 
 
@@ -274,12 +281,13 @@ def test_orders_stay_what_they_are():
 def test_another_process_draws_the_same():
     names = ("gym:chain_sum+leg_counting", "arithmetic")
     code = f"""
-from test_data import *
+from integration.config import DataConfig, TrainConfig
+from integration.data import open_source
 for name in {names!r}:
-    for problem in everything(open_source(config(name), TOKENIZER), 5):
+    for problem in open_source(TrainConfig(data=DataConfig(train=name, evals=())), None).take(0, 5)[0]:
         print(problem.prompt)
 """
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": "77"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     expected = [p.prompt for name in names for p in everything(open_source(config(name), TOKENIZER), 5)]
     assert run.stdout == "".join(f"{prompt}\n" for prompt in expected), run.stderr
@@ -397,6 +405,33 @@ def test_tasks_that_depend_on_the_hash_seed_are_refused_without_one(monkeypatch)
         open_source(config("gym:ransom_note"), TOKENIZER)
     monkeypatch.setenv("PYTHONHASHSEED", "0")
     assert everything(open_source(config("gym:ransom_note"), TOKENIZER), 1)[0].prompt
+
+
+# --- docs/data.md
+
+
+def test_commands_of_the_guide_are_understood():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^python -m integration\.train (.*)$", text, re.MULTILINE)
+    parsed = [tyro.cli(TrainConfig, args=shlex.split(command)) for command in commands]
+    assert [c.data.train for c in parsed] == [
+        "own.jsonl", "verl.parquet", "dapo-math-17k=data/dapo-math-17k.parquet", "gym:chain_sum+leg_counting",
+    ]  # fmt: skip
+    own, verl, dapo, gym = parsed
+    assert own.data.held_out == 1 and verl.data.chat_template and verl.data.evals == ("aime-2024", "amc-2023")
+    assert (
+        dapo.verify.workers == 8 and everything(open_source(gym, chat()), 2)[1].answer["options"]["max_instances"] > 1
+    )
+
+
+def test_the_rows_of_the_guide_are_read(tmp_path):
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    path = tmp_path / "own.jsonl"
+    path.write_text(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1], encoding="utf-8")
+    source = open_source(config(path, ["held-out"], held_out=1), TOKENIZER)
+    assert len(source.problems) == 2
+    for problem in [*source.problems, *open_evals(config(path, ["held-out"], held_out=1), TOKENIZER)["held-out"]]:
+        assert resolve("math")(f"Answer: {problem.answer}", problem.answer) == (1.0, "")
 
 
 # --- the toy task
