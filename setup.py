@@ -21,14 +21,10 @@ setup(
     ],
     extras_require={
         "train": [
-            "transformers>=5.0",
-            "datasets>=4.0",
-            "reasoning-gym>=0.1.25",
-            "math-verify>=0.9",
-            "tyro",
-            "rich",
-            "matplotlib",
-        ],
+            "transformers>=5.0", "datasets>=4.0", "peft", "math-verify>=0.9", "reasoning-gym>=0.1.25", "tyro", "rich",
+            "matplotlib", "jinja2",
+        ],  # fmt: skip
+        "track": ["tensorboard", "wandb", "trackio"],
         "vllm": ["vllm"],
         "flash-attn": ["flash-attn"],
         "trl": ["trl>=1.16"],
@@ -37,7 +33,11 @@ setup(
         # What the benchmarks compare with, where it is installed. flash-attn and verl too, if they are there: see
         # bench/peers.py.
         "peers": ["liger-kernel>=0.8.5", "trl>=1.16", "cut-cross-entropy>=25.1.1"],
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "pytest-cov", "hypothesis", "ruff", "pre-commit"],
+        # trackio brings gradio, 190 MB in all: its test skips itself where it is not installed.
+        "dev": [
+            *("pytest", "pytest-benchmark", "pytest-xdist", "pytest-cov", "hypothesis", "ruff", "pre-commit"),
+            *("tensorboard", "wandb"),
+        ],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

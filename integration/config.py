@@ -237,6 +237,13 @@ class TrainConfig:
             raise ValueError(f"temperature must be positive; got {self.temperature}")
         if self.k_end is not None and self.entropy_target is not None:
             raise ValueError("k_end and entropy_target are two ways to set K; expected one of them")
+        if self.init is None and self.data.train != "arithmetic":
+            raise ValueError(f"a model to start from is needed for {self.data.train!r}; got no init")
+        if self.rollout_correction != "none" and self.old_logprobs != "recompute":
+            raise ValueError(
+                f"rollout_correction {self.rollout_correction!r} compares the sampler's log-probabilities with the "
+                f"trainer's: expected old_logprobs 'recompute'; got {self.old_logprobs!r}"
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
         for name in ("eps_low", "eps_high"):

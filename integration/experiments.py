@@ -30,7 +30,6 @@ import tyro
 
 from . import experiments_report
 from .config import PRESETS, ModelConfig, TaskConfig, TrainConfig, WarmStartConfig
-from .data import open_source
 from .models import open_policy
 from .parallel import export
 from .progress import Progress
@@ -149,7 +148,7 @@ def make_start(base: TrainConfig, seed: int, threads: int) -> None:
     if folder.exists():
         return
     model, tokenizer = open_policy(config, resolve_device(config.device))
-    warm_start(model, tokenizer, open_source(config, tokenizer), config, Progress(quiet=True))
+    warm_start(model, tokenizer, config, Progress(quiet=True))
     partial = folder.with_name(folder.name + ".partial")
     export(model, tokenizer, partial)
     partial.rename(folder)

@@ -1,6 +1,6 @@
 """From the runs of `experiments.py` to one compressed file, figures, and docs/experiments.md.
 
-    python -m integration.experiments_report docs        the page and figures anew, from the committed runs
+python -m integration.experiments_report docs        the page and figures anew, from the committed runs
 """
 
 from __future__ import annotations

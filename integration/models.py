@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from .arithmetic import VOCAB_SIZE, make_tokenizer
 from .config import LoraConfig, ModelConfig, TrainConfig
-from .packing import check_head
+from .packing import check_packing
 from .parallel import distributed
 
 transformers_logging.disable_progress_bar()  # ours is the only one
@@ -24,7 +24,7 @@ def open_policy(config: TrainConfig, device: torch.device) -> tuple[PreTrainedMo
 
     Weights that are trained are float32, those that adapters leave as they are have the dtype of the forward. A model
     that will be sharded stays in the memory of the host, from where `shard` takes it a layer at a time.
-    Raises FileNotFoundError: nothing of that name. ValueError: a head that the losses cannot express.
+    Raises FileNotFoundError: nothing of that name. ValueError: a family that `packing` does not know.
     """
     if config.init is None:
         model, tokenizer = new_model(config.model, config.seed)
@@ -36,7 +36,7 @@ def open_policy(config: TrainConfig, device: torch.device) -> tuple[PreTrainedMo
         add_adapters(model, config.lora, getattr(torch, config.dtype), config.seed)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    check_head(model)
+    check_packing(model)
     return (model if distributed() and config.init else model.to(device)), tokenizer
 
 

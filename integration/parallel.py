@@ -196,6 +196,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def full_model_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The whole weights on the CPU of rank 0, none on the others."""
     rank, _ = rank_and_world_size()

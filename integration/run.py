@@ -101,6 +101,9 @@ class Run:
             )
 
     def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        """Raises FloatingPointError, and saves nothing, if a weight is not finite."""
+        if parallel.any_rank(not all(parallel.local(p).isfinite().all() for p in model.parameters())):
+            raise FloatingPointError(f"the weights after step {self.state.step} are not finite; they are not saved")
         self.state.lengths = {name: log.flush() for name, log in self.logs.items()}
         checkpoint.save(self.checkpoints, self.state, model, optimizer, self.config.keep)
 

@@ -42,9 +42,3 @@ class RunLog:
 
     def close(self) -> None:
         os.close(self._file)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records. A last line without its end belongs to a process that was killed, or writes at this moment."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -21,7 +21,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ from torch import Tensor
 
 from qae_kernels import Advantages, EntropyTargetK, group_advantages
 
-from . import parallel, report
+from . import checkpoint, parallel, report
 from .checkpoint import CheckpointError
 from .collect import collect
 from .config import PRESETS, TrainConfig
 from .data import open_evals, open_source
-from .engines import EngineError, make_engine
+from .engines import IN_PROCESS, EngineError, make_engine
 from .evaluate import evaluate
 from .models import open_policy
 from .optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -61,17 +61,21 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         source, evals = open_source(config, tokenizer), open_evals(config, tokenizer)
         verifier = stack.enter_context(Verifier(config.verify))
         if config.init is None and not run.begun:
-            warm_start(model, tokenizer, source, config, progress)
+            warm_start(model, tokenizer, config, progress)
         parallel.shard(model, device, config)
         optimizer = make_optimizer(model, config)
         k_source = config.k_source()
         run.restore(model, optimizer, k_source)
-        engine = stack.enter_context(make_engine(config, model, tokenizer, run.folder))
+        engine = make_engine(config, model, tokenizer, run.folder / "start")
+        stack.callback(engine.close)
+
+        def at_hand():
+            """Engines that draw from the model itself need its weights whole."""
+            return parallel.unsharded(model) if config.rollout.engine in IN_PROCESS else nullcontext()
 
         def evaluation() -> tuple[dict[str, dict], list[dict]]:
-            results = {
-                name: evaluate(engine, tokenizer, problems, verifier, config) for name, problems in evals.items()
-            }
+            with at_hand():
+                results = {name: evaluate(engine, tokenizer, p, verifier, config) for name, p in evals.items()}
             metrics = {name: metrics for name, (metrics, _) in results.items()}
             return metrics, [sample for _, samples in results.values() for sample in samples]
 
@@ -81,7 +85,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         for step in run.steps():
             torch.manual_seed(seed_of(STEP, config.seed, step))  # of dropout; every other draw has a seed of its own
             started = time.perf_counter()
-            collected = collect(engine, tokenizer, source, verifier, config, run.state.cursor, device, progress.say)
+            with at_hand():
+                collected = collect(engine, tokenizer, source, verifier, config, run.state.cursor, device, progress.say)
+            engine.sleep()
             rollout, outcomes = collected.groups.rollout, collected.groups.outcomes
 
             k = k_source.k if isinstance(k_source, EntropyTargetK) else k_source(step)
@@ -115,7 +121,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
                 record["eval"], samples = evaluation()
                 value = sum(m["pass@1"] for m in record["eval"].values()) / max(1, len(evals))
             run.log(record, samples)
-            progress.show(record)
+            progress.show_step(record)
             run.finish_step(model, optimizer, cursor=collected.cursor, k_source=k_source, value=value)
         run.finish(model, tokenizer)
     return run.folder
@@ -192,7 +198,9 @@ def main() -> None:
     except Stopped as stopped:
         print(stopped)
         sys.exit(130)
-    except (OSError, ValueError, CheckpointError, EngineError, FloatingPointError) as error:
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}. {checkpoint.describe(config.folder / 'checkpoints')}")
+    except (OSError, ValueError, CheckpointError, EngineError) as error:
         sys.exit(f"error: {error}")
     if parallel.leads():
         report.plot([folder], folder / "figure.png")

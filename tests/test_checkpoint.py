@@ -13,7 +13,8 @@ import torch
 
 from integration import checkpoint
 from integration.checkpoint import CheckpointError, RunState
-from integration.run_log import RunLog, read_lines
+from integration.report.runs import read_lines
+from integration.run_log import RunLog
 
 
 @contextmanager

@@ -111,7 +111,9 @@ def generation(rank, folder):
         if rank == 0:
             for _ in range(3):
                 model.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=5, synced_gpus=False)
-    outside = {type(p) for p in model.parameters()}, model.training
+    with torch.no_grad():
+        model(torch.tensor(PROMPTS[:1]))
+    outside = {type(p) for p in model.model.layers.parameters()}, model.training
     gathered = parallel.gather_rollout(generate(model, tokenizer, parallel.share(PROMPTS), 6 + 6 * rank))
     advantages = group_advantages(torch.arange(16) % 3 / 2, GROUP_SIZE, baseline="mean", backend="torch")
     norm = update_policy(model, optimizer, gathered, advantages, torch.arange(16), config).grad_norm
