@@ -21,8 +21,8 @@ setup(
     ],
     extras_require={
         "train": [
-            "transformers>=5.0", "datasets", "peft", "math-verify", "reasoning-gym>=0.1.25", "tyro", "rich", "matplotlib",
-            "jinja2",
+            "transformers>=5.0", "datasets>=4.0", "peft", "math-verify>=0.9", "reasoning-gym>=0.1.25", "tyro", "rich",
+            "matplotlib", "jinja2",
         ],  # fmt: skip
         "track": ["tensorboard", "wandb", "trackio"],
         "vllm": ["vllm"],

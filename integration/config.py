@@ -54,13 +54,16 @@ class DataConfig:
     """What is trained on and what is evaluated."""
 
     train: str = "arithmetic"
-    """"arithmetic" (the toy task of `task`), "gym:<task>" of reasoning-gym, a preset ("dapo-math-17k"), a .jsonl or
-    .parquet file, or the name of a data set on the Hugging Face hub."""
+    """"arithmetic" (the toy task of `task`), "gym:<task>" or "gym:<task>+<task>" of reasoning-gym, a preset
+    ("dapo-math-17k"), a .jsonl or .parquet file, "<preset>=<file>", or the name of a data set on the Hugging Face hub,
+    "<name>:<split>" for another split. See docs/data.md."""
     evals: tuple[str, ...] = ("held-out",)
-    """Evaluated every `eval_every` steps: "held-out" (problems of the training task that are never trained on), presets
+    """Evaluated every `eval_every` steps: "held-out" (problems of the training data that are never trained on), presets
     ("aime-2024", "aime-2025", "amc-2023"), "gym:<task>", files, hub names."""
     split: str = "train"
+    """Of a data set on the hub that is no preset."""
     prompt_column: str = "prompt"
+    """Text or chat messages; "a.b" is column b within column a. Presets know theirs."""
     answer_column: str = "answer"
     verifier: str = "auto"
     """"math" (math-verify), "exact", "gym" (reasoning-gym's own), "<module>:<function>" of yours; "auto": what suits
@@ -68,11 +71,11 @@ class DataConfig:
     chat_template: bool = False
     """Prompts go through the tokenizer's chat template; else they are taken as they are."""
     instruction: str = ""
-    """Put after each problem, e.g. "Put the final answer within \\boxed{}."."""
+    """Put after each problem, e.g. "Put the final answer within \\boxed{}.". Empty: that of the preset, if any."""
     held_out: int = 256
-    """Problems of a reasoning-gym task kept for evaluation."""
+    """Problems kept for the evaluation "held-out", and those of an evaluation "gym:<task>"."""
     gym_options: str = "{}"
-    """Options of the reasoning-gym task, as JSON."""
+    """Options of the reasoning-gym task, as JSON; of several tasks, {"<task>": {...}, ...}."""
     curriculum_level: int | None = None
     """Level of every attribute of the task's reasoning-gym curriculum. None: the task's own defaults."""
 

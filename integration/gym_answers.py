@@ -13,7 +13,7 @@ from typing import Any
 
 import reasoning_gym
 
-from .verifiers import after_thinking, tagged_answer, too_long
+from .verifiers import FOREIGN_DIGITS, after_thinking, strange_character, tagged_answer, too_long
 
 EVALUATES_LITERALS = ("binary_matrix", "n_queens", "spiral_matrix", "string_insertion")
 EVALUATES_FORMULAS = (
@@ -43,7 +43,7 @@ def score(text: str, answer: dict[str, Any]) -> tuple[float, str]:
     tagged = tagged_answer(text)
     given = text.strip() if tagged is None else tagged
     task = answer["metadata"]["source_dataset"]
-    reason = too_long(given) or refusal(task, given)
+    reason = too_long(given) or strange_character(given, FOREIGN_DIGITS) or refusal(task, given)
     if reason:
         return 0.0, reason
     return scorer(task, answer.get("options", {})).score_answer(given, answer), ""

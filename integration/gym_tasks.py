@@ -16,7 +16,8 @@ from .problems import HELD_OUT_SEED, Problem, render
 
 PREFIX = "gym:"
 CHUNK = 1000  # items of one data set object; some tasks prepare all items when they are made
-NONSENSE = "?"
+NONSENSE = ("?", "0", "nan")
+PROBES = 5  # items that nonsense is tried on
 BY_HASH_SEED = ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder")
 """Their items depend on the order of Python's sets as well."""
 
@@ -67,13 +68,12 @@ class GymTasks:
         return self._chunks[task][1][item % CHUNK]
 
     def _refuse_blind_scorer(self, task: str) -> None:
-        entry = self._entry(task, HELD_OUT_SEED, 0)
-        try:
-            score = self._chunks[task][1].score_answer(NONSENSE, entry)
-        except Exception:  # a scorer that stumbles over nonsense does not take it for the answer
-            return
-        if score == 1.0:
-            raise ValueError(f"reasoning-gym's scorer of {task!r} takes any text for the right answer")
+        """Raises ValueError if the scorer gives full credit to nonsense, which a policy would soon find out."""
+        entries = [self._entry(task, HELD_OUT_SEED, item) for item in range(PROBES)]
+        for text in NONSENSE:
+            fooled = sum(full_credit(self._chunks[task][1], text, e) for e in entries if e["answer"] != text)
+            if fooled > PROBES / 2:
+                raise ValueError(f"reasoning-gym's scorer of {task!r} gives full credit to {text!r}, whatever is right")
 
 
 class GymSource:
@@ -95,6 +95,13 @@ class GymSource:
             if problem.prompt not in self._held_out:
                 problems.append(problem)
         return problems, cursor
+
+
+def full_credit(dataset, text: str, entry: dict[str, Any]) -> bool:
+    try:
+        return dataset.score_answer(text, entry) == 1.0
+    except Exception:  # a scorer that stumbles over nonsense does not take it for the answer
+        return False
 
 
 def task_options(task: str, config: DataConfig, tasks: int) -> dict[str, Any]:

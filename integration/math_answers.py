@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import re
-import unicodedata
 from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,7 +28,7 @@ from typing import Any
 import sympy
 from math_verify import LatexExtractionConfig, parse, verify
 
-from .verifiers import after_thinking, too_long
+from .verifiers import FOREIGN_DIGITS, INVISIBLE, after_thinking, strange_character, too_long
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that nobody but us limits its time
 
@@ -57,7 +56,6 @@ NUMBER = re.compile(
     r"|(?P<top2>\d+) ?/ ?(?P<bottom2>\d+))",
     re.ASCII,
 )
-STRANGE = ("Nd", "Nl", "No", "Mn", "Me", "Cf", "Cs", "Co", "Cn")  # categories of Unicode
 UNEVALUATED = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative)
 
 
@@ -138,7 +136,7 @@ def read_gold(answer: str) -> Gold:
 def compare(given: str, answer: str) -> tuple[bool, str]:
     """(right, reason why it was not looked at)."""
     gold = read_gold(answer)
-    reason = too_long(given, MAX_ANSWER) or strange_character(given)
+    reason = too_long(given, MAX_ANSWER) or strange_character(given, FOREIGN_DIGITS + INVISIBLE)
     if reason:
         return False, reason
     text = plain(given)
@@ -172,15 +170,6 @@ def far_apart(given: Any, gold: Any) -> bool:
     except (TypeError, ValueError, AttributeError):  # not numbers
         return False
     return abs(given - gold) > 1e-5 * abs(gold)
-
-
-def strange_character(text: str) -> str:
-    """Names the first character that is a digit of another script, invisible, a combining mark or a control code."""
-    for character in text:
-        category = unicodedata.category(character)
-        if (category in STRANGE and not character.isascii()) or (category == "Cc" and character not in "\t\n\r"):
-            return f"character U+{ord(character):04X} in the answer"
-    return ""
 
 
 def plain(text: str) -> str:

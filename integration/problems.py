@@ -67,9 +67,7 @@ def shuffled(size: int, seed: int, epoch: int = 0) -> list[int]:
 def hold_out(problems: list[Problem], count: int) -> tuple[list[Problem], list[Problem]]:
     """(kept for evaluation, left for training); always the same ones, whatever the seed of the run."""
     if not 0 < count < len(problems):
-        raise ValueError(
-            f"data.held_out must be in [1, {len(problems) - 1}] with {len(problems)} problems; got {count}"
-        )
+        raise ValueError(f"data.held_out must be at least 1 and less than the {len(problems)} problems; got {count}")
     chosen = set(shuffled(len(problems), HELD_OUT_SEED)[:count])
     return (
         [p for i, p in enumerate(problems) if i in chosen],

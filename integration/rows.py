@@ -69,8 +69,6 @@ def read_problems(name: str, config: DataConfig, tokenizer: PreTrainedTokenizerB
             where = f"row {number} of {layout.where}"
             text = render(as_prompt(prompt, where), config.instruction or layout.instruction, template)
             problems[key] = Problem(text, as_answer(answer, where), verifier, name)
-    if not problems:
-        raise ValueError(f"{layout.where} has no rows; expected at least one problem")
     return list(problems.values())
 
 
@@ -117,6 +115,8 @@ def load(layout: Layout) -> datasets.Dataset:
             )
         try:
             return datasets.load_dataset(FORMATS[suffix], data_files=layout.where, split="train")
+        except StopIteration:  # what `datasets` raises for a file without a line
+            raise ValueError(f"{layout.where} has no rows; expected at least one problem") from None
         except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
             raise ValueError(f"cannot read {layout.where}: {error.__cause__ or error}") from error
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import unicodedata
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -26,6 +27,10 @@ IN_PROCESS = ("exact", "arithmetic")
 no string to an integer and evaluate no exponent (a Decimal of any exponent is compared digit by digit)."""
 ANSWER_MARK = "#"
 """Of the toy task: everything after it is the answer."""
+FOREIGN_DIGITS = ("Nd", "Nl", "No")
+"""Python's `int`, `float` and `Decimal` read the digits of every script."""
+INVISIBLE = ("Mn", "Me", "Cf", "Cs", "Co", "Cn")
+"""Marks that combine, format codes, surrogates and what is no character."""
 MAX_ANSWER = 10_000
 """Characters. A longer answer scores 0 unread."""
 
@@ -71,6 +76,15 @@ def judge(verify: Verify, text: str, answer: Any) -> tuple[float, str]:
 def too_long(answer: str, limit: int = MAX_ANSWER) -> str:
     """The reason to leave an answer unread; empty if it is short enough."""
     return f"answer of {len(answer):,} characters: at most {limit:,} are read" if len(answer) > limit else ""
+
+
+def strange_character(text: str, categories: tuple[str, ...]) -> str:
+    """Names the first character beyond ASCII of these categories of Unicode, or control code that is no white space."""
+    for character in text:
+        category = unicodedata.category(character)
+        if (category in categories and not character.isascii()) or (category == "Cc" and character not in "\t\n\r"):
+            return f"character U+{ord(character):04X} in the answer"
+    return ""
 
 
 def after_thinking(text: str) -> str:

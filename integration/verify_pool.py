@@ -109,7 +109,7 @@ class Verifier:
         if config.workers < 1:
             raise ValueError(f"verify.workers must be at least 1; got {config.workers}")
         if not config.timeout > 0:
-            raise ValueError(f"verify.timeout must be a positive number of seconds; got {config.timeout}")
+            raise ValueError(f"verify.timeout must be positive; got {config.timeout}")
         self.config = config
         self._workers: dict[str, list[Worker]] = {}
 
@@ -186,6 +186,9 @@ class Verifier:
         self, worker: Worker, name: str, reason: str, verdicts: dict[int, Verdict], queue: deque[Job]
     ) -> Worker:
         """A new process. The answer that the old one was at scores 0, the others return to the queue."""
+        if reason == "died":
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(1.0)  # its end of the pipe closes a little before its status is known
         status = worker.kill()
         if reason == "died":
             reason = f"the process of the verifier ended: {describe(status)}"

@@ -14,7 +14,7 @@ import pytest
 from qae_kernels.config import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("choosing-k.md",)
+PAGES = ("choosing-k.md", "data.md")
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 EXAMPLES = [
     pytest.param(code, id=f"{page} {number}")
