@@ -21,7 +21,7 @@ setup(
     ],
     extras_require={
         "train": ["transformers>=5.0", "reasoning-gym>=0.1.25", "tyro", "rich", "matplotlib"],
-        "vllm": ["vllm"],
+        "vllm": ["vllm>=0.32"],
         "flash-attn": ["flash-attn"],
         "trl": ["trl>=1.16"],
         "verl": ["verl>=0.9.1"],

@@ -22,7 +22,7 @@ class Sampler:
         self.model, self.tokenizer = model, tokenizer
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> Rollout:
-        """The logprobs and entropies are those of the full softmax at this temperature (1 if greedy), whatever top_p."""
+        """logprobs and entropies are those of the full softmax at this temperature (1 if greedy), whatever top_p."""
         check_prompts(prompts, seeds)
         with evaluating(self.model):
             return sample(self.model, self.tokenizer, prompts, seeds, sampling)
