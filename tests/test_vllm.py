@@ -49,8 +49,9 @@ def two_ends():
     return model, tokenizer
 
 
-def colocated(folder):
-    return make_engine(TrainConfig(rollout=RolloutConfig(engine="vllm", timeout=START)), *two_ends(), folder)
+def colocated(folder, dtype="float32"):
+    config = TrainConfig(dtype=dtype, rollout=RolloutConfig(engine="vllm", timeout=START))
+    return make_engine(config, *two_ends(), folder)
 
 
 @contextlib.contextmanager
@@ -89,6 +90,7 @@ def running(request, folder, tmp_path_factory):
         engine = colocated(folder)
         yield engine
         engine.close()
+        assert not engine.process.is_alive()
     else:
         files = tmp_path_factory.mktemp("server")
         with served(folder, files / "log") as (process, address):
@@ -246,17 +248,35 @@ def test_a_stuck_engine_is_an_error_in_time(engine):
             sampled(engine)
 
 
-def test_a_killed_engine_is_an_error_at_once(folder):
-    engine = colocated(folder)
-    sampled(engine)
-    kill = threading.Timer(0.5, os.kill, (engine.process.pid, signal.SIGKILL))
+@pytest.fixture(scope="module")
+def coarse(folder):
+    engine = colocated(folder, "bfloat16")
+    yield engine
+    engine.close()
+    engine.close()  # once more does no harm
+
+
+def test_the_importance_correction_sees_the_rounding_of_the_engine(coarse, policy):
+    """In bfloat16, before an update and after it, beside a trainer in float32."""
+    for _ in range(2):
+        rollout = sampled(coarse, group_size=16)
+        trainer = trainer_logprobs(policy, rollout)
+        weights = rollout_correction(trainer, rollout.logprobs, high=None, mask=rollout.response_mask)
+        weights = weights[rollout.response_mask]
+        assert 1e-3 < (weights - 1).abs().mean() < 0.05 and abs(weights.mean() - 1) < 0.01
+        perturb(policy, 0.1)
+        coarse.update_weights(policy)
+
+
+def test_a_killed_engine_is_an_error_at_once(coarse):
+    """The last test of this engine."""
+    kill = threading.Timer(0.5, os.kill, (coarse.process.pid, signal.SIGKILL))
     kill.start()
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"died before or during generate \(exit code -9\)"):
         while time.monotonic() - started < 60:  # killed while it generates, not before
-            sampled(engine, group_size=64, max_new_tokens=900)
+            sampled(coarse, group_size=64, max_new_tokens=900)
     assert time.monotonic() - started < 10
-    engine.close()
 
 
 ORPHAN = """

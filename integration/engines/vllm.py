@@ -75,9 +75,10 @@ class VLLM:
         self.has_weights = False
 
     def close(self) -> None:
+        self.pipe.close()  # which ends the engine
+        self.process.join(10)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
     def _exchange(self, command: str, message: Any) -> Any:
         """Sends a message and returns the answer; an engine without one after `timeout` seconds is killed."""
