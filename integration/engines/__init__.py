@@ -114,7 +114,7 @@ def check_prompts(prompts: list[list[int]], seeds: list[int]) -> None:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's and those of the model's generation config, which may have several."""
+    """Tokens that end a response: the tokenizer's, and those of the model's generation config, which may be several."""
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     return sorted({x for x in (tokenizer.eos_token_id, *named) if x is not None})

@@ -16,7 +16,7 @@ class Transformers(Sampler):
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> Rollout:
-        """The logprobs and entropies are those of the full softmax at this temperature (1 if greedy), whatever top_p.
+        """logprobs and entropies are those of the full softmax at this temperature (1 if greedy), whatever top_p.
 
         What the model's own generation config says of sampling (top_k, penalties, ...) does not count; its end tokens
         do.
@@ -37,7 +37,8 @@ class Transformers(Sampler):
         try:
             with evaluating(model):
                 ids = model.generate(
-                    input_ids=prompt_ids, attention_mask=prompt_mask.long(), logits_processor=LogitsProcessorList([draw])
+                    input_ids=prompt_ids, attention_mask=prompt_mask.long(),
+                    logits_processor=LogitsProcessorList([draw]),
                 )[:, prompt_ids.shape[1] :]  # fmt: skip
         finally:
             model.generation_config = own

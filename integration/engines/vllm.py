@@ -1,7 +1,7 @@
 """vLLM beside the trainer, on the same GPU (or CPU) and in turn with it: one engine for each training process.
 
-The engine runs in a process of its own, which this one talks to over a pipe: it can be waited for with a time limit, and
-killed. Weights go over as tensors in shared host memory, one at a time, and vLLM's own reload puts them in place.
+The engine runs in a process of its own, which this one talks to over a pipe: one can wait for it with a time limit, and
+kill it. Weights go over as tensors in shared host memory, one at a time, and vLLM's own reload puts them in place.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class VLLM:
         self._exchange("the start", engine_options(config, self.device, folder))
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> Rollout:
-        """The logprobs are those of the softmax at this temperature (1 if greedy); with top_p < 1, over the tokens within
-        top_p. No entropies."""
+        """logprobs are those of the softmax at this temperature (1 if greedy); with top_p < 1, over the tokens within
+        top_p. entropy is None."""
         check_prompts(prompts, seeds)
         if not self.has_weights:
             self.update_weights(self.model)
@@ -70,14 +70,15 @@ class VLLM:
         self.has_weights = True
 
     def sleep(self) -> None:
-        """The engine drops its KV cache and its weights; the next `generate` begins with those that `model` has then."""
+        """The engine drops its KV cache and its weights; the next `generate` begins with what the model then has."""
         self._exchange("sleep", ("sleep",))
         self.has_weights = False
 
     def close(self) -> None:
+        self.pipe.close()  # which ends the engine
+        self.process.join(10)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
     def _exchange(self, command: str, message: Any) -> Any:
         """Sends a message and returns the answer; an engine without one after `timeout` seconds is killed."""
@@ -105,7 +106,7 @@ class VLLM:
 def engine_options(config: TrainConfig, device: torch.device, folder: Path) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     return {
-        "model": str(folder), "dtype": config.dtype, "seed": config.seed, "max_model_len": -1,  # as long as memory allows
+        "model": str(folder), "dtype": config.dtype, "seed": config.seed, "max_model_len": -1,  # what fits
         "gpu_memory_utilization": config.rollout.gpu_memory, "enable_sleep_mode": on_gpu, "enforce_eager": not on_gpu,
         "logprobs_mode": "processed_logprobs",  # after the temperature; vLLM's default is before
         "generation_config": "vllm", "disable_log_stats": True,

@@ -1,9 +1,10 @@
 """A vLLM server on GPUs of its own, over HTTP. It is started by hand, e.g.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve <folder or name> --logprobs-mode processed_logprobs
+    VLLM_SERVER_DEV_MODE=1 vllm serve <folder or name> --logprobs-mode processed_logprobs --enable-scale-out
 
-The development mode has the routes that change weights: anyone who reaches the server can use them. New weights go
-through a folder that both sides see (`<runs>/<name>/rollout_weights`), which the server reloads in place.
+The development mode has the routes that change weights, `--enable-scale-out` the one that takes and gives tokens: they
+are for a network where nobody else reaches the server. New weights go through a folder that both sides see
+(`<runs>/<name>/rollout_weights`), which the server reloads in place.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from . import EngineError, Sampling, check_prompts, end_tokens, under_all_names
 from .vllm import sampling_parameters
 
 CONNECTIONS = 64  # prompts at the server at a time, each with all its responses
-START = "expected `VLLM_SERVER_DEV_MODE=1 vllm serve ... --logprobs-mode processed_logprobs`"
+START = "expected `VLLM_SERVER_DEV_MODE=1 vllm serve ... --logprobs-mode processed_logprobs --enable-scale-out`"
 
 
 class VLLMServer:
@@ -47,8 +48,8 @@ class VLLMServer:
         self.update_weights(model)
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> Rollout:
-        """The logprobs are those of the softmax at this temperature (1 if greedy); with top_p < 1, over the tokens within
-        top_p. No entropies."""
+        """logprobs are those of the softmax at this temperature (1 if greedy); with top_p < 1, over the tokens within
+        top_p. entropy is None."""
         check_prompts(prompts, seeds)
 
         def respond(prompt: list[int], seed: int) -> list[dict[str, Any]]:
@@ -100,8 +101,8 @@ class VLLMServer:
             raise EngineError(f"{server} cannot be reached at {path}: {type(error).__name__}: {error}") from None
         finally:
             connection.close()
-        if response.status == 404:
-            raise EngineError(f"{server} has no {path}; {START}")
+        if response.status in (403, 404):
+            raise EngineError(f"{server} does not offer {path}; {START}")
         if response.status != 200:
             raise EngineError(f"{server} answered {response.status} to {path}: {text}")
         return json.loads(text) if text else None
