@@ -1,4 +1,4 @@
-"""What a person sees of runs: reading them, numbers and figures recomputed, and a page that hostile text cannot break."""
+"""What a person sees of runs: numbers and figures recomputed, and a page that hostile text cannot break."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from PIL import Image
 from integration import report
 from integration.accuracy import bootstrap_interval, pass_at_k, t_quantile
 from integration.config import TaskConfig
-from integration.report import figures, tables
+from integration.report import figures, panels, tables
 from integration.report import page as module
 from integration.report.__main__ import main
 from integration.report.runs import (
@@ -31,6 +31,7 @@ from integration.report.runs import (
 )
 
 ROOT = Path(__file__).parent.parent
+ALL_PANELS = (*panels.ENTROPY, *panels.CREDIT, *panels.RESPONSES, *panels.UPDATE, *panels.TIME)
 HOSTILE = (
     '<script>window.pwned = 1</script></pre></div><img src=x onerror="window.pwned = 1"/>'
     "]]> &amp; &lt; {{ 7 * 7 }} {% raw %} $x^{2$ \\frac \x00\x1b[31m \ud800 \u202e ' \" \uffff"
@@ -78,7 +79,7 @@ def test_a_torn_line_that_a_resumed_run_went_on_behind(tmp_path):
 
 
 def test_steps_that_are_made_again_count_once(tmp_path):
-    """Killed after step 4, resumed from step 2; and a finished run that is given more steps keeps its last evaluation."""
+    """Killed after step 4, resumed from step 2; a finished run that is given more steps keeps its last evaluation."""
     folder = tmp_path / "run"
     folder.mkdir()
     lines = [{"step": step, "reward": 0.1} for step in range(5)] + [{"step": step, "reward": 0.9} for step in (2, 3)]
@@ -233,7 +234,7 @@ def test_differences_of_other_problems_are_left_out(tmp_path, runs):
 
 def test_lines_and_bands_are_the_curves(runs):
     groups = [group(runs, "mean"), group(runs, "qae")]
-    panel = figures.panel_of("sampler_entropy")
+    panel = panels.panel_of("sampler_entropy")
     figure, bands = figures.panel_grid([panel], groups)
     axis = figure.axes[0]
     for index, (drawn, band) in enumerate(zip(axis.lines, axis.collections, strict=True)):
@@ -255,11 +256,11 @@ def test_labels_move_apart_and_stay_in_order():
 
 
 @pytest.mark.parametrize(
-    ("draw", "panels"),
+    ("draw", "count"),
     [(report.entropy_and_accuracy, 2), (report.training_dynamics, 4), (report.sweep_of_k, 3)],
 )
 @pytest.mark.parametrize("along", ["steps", "seconds"])
-def test_figures_of_experiments(runs, tmp_path, monkeypatch, draw, panels, along):
+def test_figures_of_experiments(runs, tmp_path, monkeypatch, draw, count, along):
     saved = []
     save = figures.save_png
     monkeypatch.setattr(figures, "save_png", lambda figure, path: saved.append(figure) or save(figure, path))
@@ -268,7 +269,7 @@ def test_figures_of_experiments(runs, tmp_path, monkeypatch, draw, panels, along
     image = Image.open(tmp_path / "figure.png")
     assert image.width >= 1500 and (tmp_path / "figure.png").stat().st_size < 150_000
     axes = saved[0].axes
-    assert len(axes) == panels and all(len(axis.lines) >= 2 for axis in axes)
+    assert len(axes) == count and all(len(axis.lines) >= 2 for axis in axes)
     assert saved[0].texts[-1].get_text() == "Bands: 95% t interval over 3 seeds."
     expected = "training step" if along == "steps" else "seconds of training"
     assert {axis.get_xlabel() for axis in axes} == {expected}
@@ -295,7 +296,7 @@ def parse(page: Path) -> ElementTree.Element:
 
 
 def check_page(page: Path) -> ElementTree.Element:
-    """Well formed, nothing that runs, nothing that is loaded, ids that are unique and references that lead somewhere."""
+    """Well formed, nothing that runs, nothing that is loaded, unique ids, references that lead somewhere."""
     tree = parse(page)
     elements = list(tree.iter())
     assert not {"script", "img", "iframe", "object", "link", "base", "form"} & {e.tag.split("}")[-1] for e in elements}
@@ -353,7 +354,7 @@ def test_the_page_says_what_was_measured(page, runs):
         assert row in text
         for cell in cells:
             assert cell.value in text and cell.interval in text
-    for panel in (*figures.ENTROPY, *figures.CREDIT, *figures.RESPONSES, *figures.UPDATE, *figures.TIME):
+    for panel in ALL_PANELS:
         assert panel.title in text and panel.why in text
     assert "NVIDIA H100 80GB HBM3" in text and "torch 2.13.0" in text
 
@@ -450,6 +451,5 @@ def test_the_command_names_what_is_wrong(arguments, message):
 
 def test_every_panel_is_explained():
     text = (ROOT / "docs" / "reading-a-run.md").read_text(encoding="utf-8")
-    panels = (*figures.ENTROPY, *figures.CREDIT, *figures.RESPONSES, *figures.UPDATE, *figures.TIME)
-    for title in ("pass@1", "pass@n", "Seconds per step", *(panel.title for panel in panels)):
+    for title in ("pass@1", "pass@n", "Seconds per step", *(panel.title for panel in ALL_PANELS)):
         assert f"**{title}**" in text, title

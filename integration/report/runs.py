@@ -9,6 +9,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ PHASES = ("rollout", "verify", "update")
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The objects of a .jsonl file. The last line of a process that was killed may be torn: it is left out; so is a torn
-    line that a resumed run went on behind, with a warning."""
+    """The objects of a .jsonl file. The last line of a process that was killed may be torn: it is left out. So is a
+    torn line that a resumed run went on behind, with a warning."""
     if not path.exists():
         return []
     records = []
@@ -180,8 +181,8 @@ def common_name(names: list[str]) -> str:
     """qae-seed0, qae-seed1 -> qae. Of one run its own name."""
     if len(names) == 1:
         return names[0]
-    shared = re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d*$", "", os.path.commonprefix(names))
-    return shared or names[0]
+    shared = [letters[0] for letters in takewhile(lambda x: len(set(x)) == 1, zip(*names, strict=False))]
+    return re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d*$", "", "".join(shared)) or names[0]
 
 
 def differences(groups: list[Group]) -> list[tuple[str, list[str]]]:
