@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .panels import ENTROPY, Panel, accuracy_of, accuracy_panels, panel_of
@@ -72,6 +73,7 @@ def draw(axis: Axes, panel: Panel, groups: list[Group], along: str = "steps") ->
             axis.plot(curve.x, curve.y, color=color(index), linestyle="--")
     axis.set_title(panel.title)
     axis.set_xlabel("training step" if along == "steps" else "seconds of training")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axis.margins(x=0.02)
     if panel.bottom is not None:
         highest = axis.get_ylim()[1]
@@ -220,7 +222,7 @@ def panel_grid(
         for index, panel in enumerate(panels):
             row, column = divmod(index, columns)
             box = (column * size[0], height + below - (row + 1) * size[1], *size)
-            axis = add_axes(figure, box, left=0.48, right=label_width(groups), bottom=0.5)
+            axis = add_axes(figure, box, left=0.48, right=label_width(groups), bottom=0.46)
             bands += draw(axis, panel, groups, along)
         bands = list(dict.fromkeys(bands))
         if note and bands:

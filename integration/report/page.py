@@ -17,8 +17,9 @@ from .runs import SMOOTHING, Group, Run, differences, group_runs
 
 LONGEST_TEXT = 4000  # characters of a response
 COLUMNS = 6  # runs whose responses stand side by side; beyond, one of each configuration
-# Control characters, which no document may hold, and halves of surrogate pairs, which no encoding can.
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# Control characters, which no document may hold, halves of surrogate pairs, which no encoding can, and those that turn
+# the direction of what follows.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def write_report(folders: list[Path], out: Path, along: str = "steps") -> list[Path]:
