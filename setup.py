@@ -20,7 +20,10 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
-        "train": ["transformers>=5.0", "reasoning-gym>=0.1.25", "tyro", "rich", "matplotlib", "jinja2"],
+        "train": [
+            "transformers>=5.0", "datasets", "peft", "math-verify", "reasoning-gym>=0.1.25", "tyro", "rich", "matplotlib",
+            "jinja2",
+        ],  # fmt: skip
         "track": ["tensorboard", "wandb", "trackio"],
         "vllm": ["vllm"],
         "flash-attn": ["flash-attn"],

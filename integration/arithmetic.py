@@ -1,34 +1,21 @@
-"""Verifiable tasks from reasoning-gym, their worked answers, and a tokenizer for them."""
+"""The toy task: reasoning-gym's `chain_sum`, its worked answers, and a tokenizer for it."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import reasoning_gym
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from .config import TaskConfig
+from .problems import HELD_OUT_SEED, Problem
+from .verifiers import ANSWER_MARK
 
-ANSWER_MARK = "#"  # everything after it is the answer
 SYMBOLS = "0123456789+-=;" + ANSWER_MARK
 VOCAB_SIZE = 32
-HELD_OUT_SEED = 10_000_019
 ENDLESS = 10**9  # reasoning-gym generates item i on demand from (seed, i); a size costs nothing
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A prompt, and what reasoning-gym needs to score an answer to it."""
-
-    prompt: str
-    entry: dict
-
-    @property
-    def expression(self) -> str:
-        return self.entry["metadata"]["expression"]
 
 
 class Task:
@@ -36,9 +23,8 @@ class Task:
 
     def __init__(self, config: TaskConfig):
         self.config = config
-        self._scorer = self._dataset(seed=0)
         self.held_out = self._distinct(HELD_OUT_SEED, config.held_out)
-        self._held_out_expressions = {p.expression for p in self.held_out}
+        self._held_out_expressions = {expression(p) for p in self.held_out}
 
     def _dataset(self, seed: int):
         c = self.config
@@ -47,35 +33,60 @@ class Task:
             min_digits=c.min_digits, max_digits=c.max_digits,
         )  # fmt: skip
 
-    def _problems(self, seed: int) -> Iterator[Problem]:
-        dataset, index = self._dataset(seed), 0
+    def numbered_problems(self, seed: int, start: int = 0) -> Iterator[tuple[int, Problem]]:
+        """Training problems from position `start` of the seed's sequence on, with their positions. Endless."""
+        for position, problem in self._problems(seed, start):
+            if expression(problem) not in self._held_out_expressions:
+                yield position, problem
+
+    def training_problems(self, seed: int) -> Iterator[Problem]:
+        """Endless; the same for the same seed."""
+        return (problem for _, problem in self.numbered_problems(seed))
+
+    def _problems(self, seed: int, start: int = 0) -> Iterator[tuple[int, Problem]]:
+        dataset, position = self._dataset(seed), start
         while True:
-            entry = dataset[index]
-            yield Problem(entry["metadata"]["expression"].replace(" ", "") + "=", entry)
-            index += 1
+            entry = dataset[position]
+            prompt = entry["metadata"]["expression"].replace(" ", "") + "="
+            yield position, Problem(prompt, entry, "arithmetic", "arithmetic")
+            position += 1
 
     def _distinct(self, seed: int, count: int) -> list[Problem]:
         found: dict[str, Problem] = {}
-        for drawn, problem in enumerate(self._problems(seed)):
+        for drawn, problem in self._problems(seed):
             if len(found) == count:
                 break
             if drawn > 100 * count + 1000:
                 raise ValueError(f"held_out is {count}, but this task has only about {len(found)} distinct problems")
-            found.setdefault(problem.expression, problem)
+            found.setdefault(expression(problem), problem)
         return list(found.values())
 
-    def training_problems(self, seed: int) -> Iterator[Problem]:
-        """Endless; the same for the same seed."""
-        return (p for p in self._problems(seed) if p.expression not in self._held_out_expressions)
 
-    def score(self, answer: str, problem: Problem) -> float:
-        """reasoning-gym's own verifier."""
-        return self._scorer.score_answer(answer, problem.entry)
+class ArithmeticSource:
+    """The toy task as a source: the training problems of one seed."""
+
+    def __init__(self, task: Task, seed: int):
+        self.task = task
+        self.seed = seed
+
+    def take(self, cursor: int, count: int) -> tuple[list[Problem], int]:
+        problems: list[Problem] = []
+        numbered = self.task.numbered_problems(self.seed, cursor)
+        while len(problems) < count:
+            position, problem = next(numbered)
+            problems.append(problem)
+            cursor = position + 1
+        return problems, cursor
+
+
+def expression(problem: Problem) -> str:
+    """`7 - 0 + 4`."""
+    return problem.answer["metadata"]["expression"]
 
 
 def worked_answer(problem: Problem, rng: random.Random, direct_share: float) -> str:
     """`7-0+4` -> `7-0=7;7+4=11;#11`, or `#11` for a share of the examples."""
-    first, *rest = problem.expression.split()
+    first, *rest = expression(problem).split()
     total, steps = int(first), ""
     for sign, number in zip(rest[::2], rest[1::2], strict=True):
         result = total + int(number) if sign == "+" else total - int(number)

@@ -63,8 +63,8 @@ class DataConfig:
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     verifier: str = "auto"
-    """"math" (math-verify), "exact", "gym" (reasoning-gym's own), "<module>:<function>" of yours; "auto": what suits the
-    data set."""
+    """"math" (math-verify), "exact", "gym" (reasoning-gym's own), "<module>:<function>" of yours; "auto": what suits
+    the data set."""
     chat_template: bool = False
     """Prompts go through the tokenizer's chat template; else they are taken as they are."""
     instruction: str = ""
@@ -120,8 +120,10 @@ class TrainConfig:
     name: str = "tiny"
     """Results go to `<runs>/<name>/`. The same command continues a run that was stopped there."""
     runs: Path = Path("runs")
+    overwrite: bool = False
+    """An earlier run of this name is deleted, not continued."""
     init: str | None = None
-    """Model to start from: a folder, or a name on the Hugging Face hub. None: a new model and a supervised warm start."""
+    """Model to start from: a folder, or a name on the Hugging Face hub. None: a new one and a supervised warm start."""
     seed: int = 0
     device: str = "auto"
     """"auto": the GPU if there is one."""
@@ -209,7 +211,15 @@ class TrainConfig:
     def __post_init__(self):
         if not 0 < self.k < 1:
             raise ValueError(f"k must be strictly between 0 and 1; got {self.k}")
-        counts = ("prompts_per_step", "group_size", "minibatches", "epochs", "max_tokens", "max_new_tokens", "max_rounds")
+        counts = (
+            "prompts_per_step",
+            "group_size",
+            "minibatches",
+            "epochs",
+            "max_tokens",
+            "max_new_tokens",
+            "max_rounds",
+        )
         for name in (*counts, "eval_every", "eval_samples", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -224,6 +234,13 @@ class TrainConfig:
             raise ValueError(f"temperature must be positive; got {self.temperature}")
         if self.k_end is not None and self.entropy_target is not None:
             raise ValueError("k_end and entropy_target are two ways to set K; expected one of them")
+        if self.init is None and self.data.train != "arithmetic":
+            raise ValueError(f"a model to start from is needed for {self.data.train!r}; got no init")
+        if self.rollout_correction != "none" and self.old_logprobs != "recompute":
+            raise ValueError(
+                f"rollout_correction {self.rollout_correction!r} compares the sampler's log-probabilities with the "
+                f"trainer's: expected old_logprobs 'recompute'; got {self.old_logprobs!r}"
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
         for name in ("eps_low", "eps_high"):

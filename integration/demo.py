@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from . import checkpoint, report
+from . import report
 from .config import PRESETS, TrainConfig
-from .data import Task
+from .models import open_policy
+from .parallel import export
 from .progress import Progress
 from .train import resolve_device, train
 from .warm_start import warm_start
@@ -49,17 +50,18 @@ def demo(settings: DemoConfig, base: TrainConfig = PRESETS["tiny"]) -> dict[str,
     """Returns the table's rows: run -> column -> value."""
     started = time.perf_counter()
     progress = Progress()
-    base = replace(base, runs=settings.out, steps=settings.steps, seed=settings.seed)
+    base = replace(base, runs=settings.out, steps=settings.steps, seed=settings.seed, overwrite=True)
     device = resolve_device(base.device)
     start = settings.out / "start"
-    model, tokenizer = checkpoint.new_model(base.model, base.seed, device)
+    model, tokenizer = open_policy(base, device)
     progress.say(f"a Qwen3 of {model.num_parameters():,} parameters on {device}, {torch.get_num_threads()} threads")
-    warm_start(model, tokenizer, Task(base.task), base, progress)
-    checkpoint.save(model, tokenizer, start)
+    warm_start(model, tokenizer, base, progress)
+    export(model, tokenizer, start)
+    base = replace(base, init=str(start))
 
     runs = {
-        "mean baseline": train(replace(base, init=start, name="mean", baseline="mean"), progress),
-        f"QAE, K = {base.k}": train(replace(base, init=start, name="qae", baseline="quantile"), progress),
+        "mean baseline": train(replace(base, name="mean", baseline="mean"), progress),
+        f"QAE, K = {base.k}": train(replace(base, name="qae", baseline="quantile"), progress),
     }
     figure = settings.out / "demo.png"
     report.plot(list(runs.values()), figure, list(runs))

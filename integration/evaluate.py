@@ -157,7 +157,7 @@ def training_config(settings: EvaluateConfig) -> TrainConfig:
     base, init = TrainConfig(), settings.model
     if is_run(Path(settings.model)):
         about = json.loads((Path(settings.model) / "config.json").read_text(encoding="utf-8"))
-        base, init = rebuild(TrainConfig, about["config"]), str(Path(settings.model) / "checkpoint")
+        base, init = rebuild(TrainConfig, about["config"]), str(Path(settings.model) / "model")
 
     def given(**values: Any) -> dict[str, Any]:
         return {name: x for name, x in values.items() if x is not None}

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as capped_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 from .rollout import Rollout, positions
 
-PACKED_SDPA, FLASH = "packed_sdpa", "flash_attention_2"  # names of attention functions in transformers
+PACKED, FLASH = "packed", "flash_attention_2"  # names of attention functions in transformers
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -67,7 +68,7 @@ def pack(rollout: Rollout, rows: Tensor) -> Packed:
     return Packed(
         input_ids=input_ids[None], position_ids=position_ids[None], lengths=lengths,
         predicting=predicts[enters].nonzero()[:, 0], tokens=rollout.response_ids[rows][mask],
-        cu_seqlens=torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)), rows=rows, mask=mask,
+        cu_seqlens=nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)), rows=rows, mask=mask,
     )  # fmt: skip
 
 
@@ -95,14 +96,50 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
 def output_head(model: PreTrainedModel) -> dict[str, Any]:
     """Arguments of `linear_policy_loss`: weight, bias, and what the family of the model does to its logits."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if hasattr(head, "modules_to_save"):  # peft's whole copy of the head, which is trained in its place
+        head = head.modules_to_save[head.active_adapters[0]]
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"the head of the model must be a linear layer without an adapter; got {type(head).__name__} in "
+            f"{type(model).__name__}"
+        )
     multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
     divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
     return {
         "weight": head.weight,
-        "bias": getattr(head, "bias", None),
+        "bias": head.bias,
         "logit_scale": multiplier / divisor,
         "logit_softcap": getattr(config, "final_logit_softcapping", None),  # Gemma
     }
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> None:
+    """Raises ValueError if this model's own logits, from an attention of transformers, are not those of packed rows and
+    `output_head`: its family does something that they do not know. Gives the model the attention of packed rows."""
+    device, lengths = model.device, [5, 12]
+    ids = torch.arange(lengths[1], device=device) % model.config.get_text_config().vocab_size
+    expected = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    places = torch.cat([torch.arange(n, device=device) for n in lengths])
+    row = Packed(
+        input_ids=ids[places][None], position_ids=places[None], lengths=lengths,
+        predicting=torch.arange(len(places), device=device), tokens=ids[places],
+        cu_seqlens=torch.tensor([0, *lengths], device=device).cumsum(0), rows=places[:2], mask=places[:2, None] == places,
+    )  # fmt: skip
+    head = output_head(model)
+    logits = nn.functional.linear(hidden_states(model, row), head["weight"], head["bias"]).float() * head["logit_scale"]
+    if cap := head["logit_softcap"]:
+        logits = cap * torch.tanh(logits / cap)
+    padded = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    size = expected.abs().max().item()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05  # of the largest logit
+    for name, got, want in (("packed", logits, expected[places]), ("padded", padded, expected)):
+        error = (got - want).abs().max().item()
+        if not error <= tolerance * size:
+            raise ValueError(
+                f"{type(model).__name__} is of a family that {name} rows do not know: logits of up to {size:.3g} differ "
+                f"by {error:.3g} from its own"
+            )
 
 
 def use_packed_attention(model: PreTrainedModel) -> str:
@@ -110,7 +147,7 @@ def use_packed_attention(model: PreTrainedModel) -> str:
     layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if not layers <= KNOWN_LAYERS:
         raise ValueError(f"packed rows need layers of {sorted(KNOWN_LAYERS)}; this model has {sorted(layers)}")
-    name = FLASH if can_use_flash(model) else PACKED_SDPA
+    name = FLASH if can_use_flash(model) else PACKED
     if model.config._attn_implementation != name:
         model.set_attn_implementation(name)
     return name
@@ -121,8 +158,8 @@ def can_use_flash(model: PreTrainedModel) -> bool:
     return model.device.type == "cuda" and half and is_flash_attn_2_available()
 
 
-def packed_sdpa(
-    module: torch.nn.Module,
+def packed_attention(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -137,15 +174,36 @@ def packed_sdpa(
     query: [1, heads, N, head_dim]; key and value may have fewer heads. Returns ([1, N, heads, head_dim], None).
     """
     if packed_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return attend(module, query, key, value, attention_mask, **settings)
     outputs = []
     for q, k, v in zip(*(x.split(packed_lengths, 2) for x in (query, key, value)), strict=True):
         length, mask = q.shape[2], None
         if sliding_window is not None and sliding_window < length:
             mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **settings)[0])
+        outputs.append(attend(module, q, k, v, mask, **settings)[0])
     return torch.cat(outputs, 1), None
 
 
-AttentionInterface.register(PACKED_SDPA, packed_sdpa)
-AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    softcap: float | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """SDPA; where the scores are capped (Gemma 2), which SDPA does not know, plain operations. mask: bool, None: causal."""
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)
+    if mask is None:
+        rows, columns = query.shape[2], key.shape[2]
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+    added = added.masked_fill(~mask, torch.finfo(query.dtype).min)
+    return capped_attention_forward(module, query, key, value, added, softcap=softcap, **settings)
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

@@ -1,25 +1,28 @@
-"""From the text of a response to its outcome: 1.0 for a right answer, 0.0 for anything else."""
+"""From outcomes to rewards: what a response gets beside its verdict."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .data import ANSWER_MARK, Problem, Task
 
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, buffer: int, factor: float = 1.0) -> Tensor:
+    """[B] f32: DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13, there with a factor of 1), to be added.
 
-def outcome(text: str, problem: Problem, task: Task) -> float:
-    """1.0 if reasoning-gym accepts what follows the first answer mark in full; no partial credit.
+    lengths: [B], tokens of the responses. 0 up to `max_new_tokens - buffer`; from there along a line to `-factor` at
+    `max_new_tokens`, and `-factor` beyond. buffer 0: no penalty.
 
-    Digits of other scripts, which reasoning-gym reads as numbers, are no answer.
+    With the quantile baseline, give the unshaped outcomes too: `group_advantages(outcomes + penalty, G,
+    outcomes=outcomes)`. Else the quantile is taken over shaped rewards: with K = 0.4, seven overlong failures among
+    sixteen responses push it below 0, and the plain failures get a positive advantage.
+
+    Raises ValueError: buffer outside [0, max_new_tokens], factor below 0.
     """
-    _, mark, answer = text.partition(ANSWER_MARK)
-    if not mark or not answer.isascii():
-        return 0.0
-    return float(task.score(answer, problem) == 1.0)
-
-
-def verify(texts: list[str], problems: list[Problem], task: Task) -> Tensor:
-    """[B] outcomes of B texts, G of them per problem in the order of the problems."""
-    group_size = len(texts) // len(problems)
-    return torch.tensor([outcome(text, problems[i // group_size], task) for i, text in enumerate(texts)])
+    if not 0 <= buffer <= max_new_tokens:
+        raise ValueError(f"overlong_buffer must be in [0, max_new_tokens = {max_new_tokens}]; got {buffer}")
+    if factor < 0:
+        raise ValueError(f"overlong_penalty must not be negative; got {factor}")
+    if not buffer:
+        return torch.zeros_like(lengths, dtype=torch.float32)
+    beyond = lengths.float() - (max_new_tokens - buffer)
+    return -(beyond / buffer).clamp(0, 1) * factor

@@ -1,145 +1,153 @@
-"""Reinforcement learning with verifiable rewards, from top to bottom: rollout -> verify -> advantages -> minibatches ->
-update -> log.
+"""Reinforcement learning with verifiable rewards, from top to bottom: rollout -> verify -> advantages -> plan -> update
+-> log.
 
     python -m integration.train --preset tiny                    QAE with K = 0.4
     python -m integration.train --preset tiny --baseline mean    the mean baseline of GRPO and DAPO
+    torchrun --nproc-per-node 8 -m integration.train ...         the same on several GPUs
     python -m integration.train --help                           every flag
+
+The same command continues a run that was stopped or killed, from its last checkpoint.
 
 The update is in update.py: only responses with credit enter the model, packed without padding (packing.py).
 
-Where this differs from the published recipe of QAE (arXiv 2509.22611, on DAPO, arXiv 2503.14476): a model of 0.4 M
-parameters and sums of one-digit numbers; no dynamic sampling and no overlong shaping; Adam at 1e-4; 4 updates per
-rollout and not 16; `old_logprobs` are the sampler's own (`--old-logprobs recompute`: those of the training path).
-
-A run leaves `<runs>/<name>/`: config.json, metrics.jsonl (one line per step), checkpoint/ (model and tokenizer, opens
-with transformers), figure.png.
+Where the preset "tiny" differs from the published recipe of QAE (arXiv 2509.22611, on DAPO, arXiv 2503.14476): a model
+of 0.4 M parameters and sums of one-digit numbers; no dynamic sampling and no overlong shaping; Adam at 1e-4; 4 updates
+per rollout and not 16; `old_logprobs` are the sampler's own. recipes/ has the paper's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import tyro
 from torch import Tensor
 
-import qae_kernels
 from qae_kernels import Advantages, EntropyTargetK, group_advantages
 
-from . import checkpoint, report
+from . import parallel, report
+from .checkpoint import CheckpointError
+from .collect import collect
 from .config import PRESETS, TrainConfig
-from .data import Task
+from .data import open_evals, open_source
+from .engines import IN_PROCESS, EngineError, make_engine
 from .evaluate import evaluate
+from .models import open_policy
+from .optimizer import learning_rate, make_optimizer, set_learning_rate
 from .progress import Progress
-from .rewards import verify
-from .rollout import Rollout, sample
+from .rewards import overlong_penalty
+from .rollout import Rollout
+from .run import Run, Stopped
+from .seeds import ORDER, STEP, generator_of, seed_of
 from .update import Update, recompute_logprobs, update_policy
+from .verify_pool import Verifier
 from .warm_start import warm_start
-
-ROLLOUT_SEED = 123_000_000
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> Path:
-    """Runs `config` and returns the folder of its results."""
-    progress = progress or Progress()
-    device = resolve_device(config.device)
-    task = Task(config.task)
-    if config.init is None:
-        model, tokenizer = checkpoint.new_model(config.model, config.seed, device)
-        warm_start(model, tokenizer, task, config, progress)
-    else:
-        model, tokenizer = checkpoint.load(config.init, device)
-    folder = start_folder(config, device)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    problems = task.training_problems(ROLLOUT_SEED + config.seed)
-    random_tokens = torch.Generator(device).manual_seed(config.seed)
-    random_order = torch.Generator().manual_seed(config.seed)
-    k_source = config.k_source()
+    """Runs `config`, or what is left of it, and returns the folder of its results."""
+    with ExitStack() as stack:
+        device = parallel.start(resolve_device(config.device), config)
+        stack.callback(parallel.stop)
+        progress = progress or Progress(quiet=not parallel.leads())
+        run = stack.enter_context(Run(config, device, progress))
+        model, tokenizer = open_policy(config, device)
+        source, evals = open_source(config, tokenizer), open_evals(config, tokenizer)
+        verifier = stack.enter_context(Verifier(config.verify))
+        if config.init is None and not run.begun:
+            warm_start(model, tokenizer, config, progress)
+        parallel.shard(model, device, config)
+        optimizer = make_optimizer(model, config)
+        k_source = config.k_source()
+        run.restore(model, optimizer, k_source)
+        engine = make_engine(config, model, tokenizer, run.folder / "start")
+        stack.callback(engine.close)
 
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as log:
-        for step in progress.track(config.steps, config.name):
-            record: dict[str, Any] = {"step": step}
-            if step % config.eval_every == 0:
-                record["eval"] = evaluate(model, tokenizer, task, config)
+        def at_hand():
+            """Engines that draw from the model itself need its weights whole."""
+            return parallel.unsharded(model) if config.rollout.engine in IN_PROCESS else nullcontext()
 
+        def evaluation() -> tuple[dict[str, dict], list[dict]]:
+            with at_hand():
+                results = {name: evaluate(engine, tokenizer, p, verifier, config) for name, p in evals.items()}
+            metrics = {name: metrics for name, (metrics, _) in results.items()}
+            return metrics, [sample for _, samples in results.values() for sample in samples]
+
+        if run.state.step == 0:
+            metrics, samples = evaluation()
+            run.log({"step": 0, "eval": metrics}, samples)
+        for step in run.steps():
+            torch.manual_seed(seed_of(STEP, config.seed, step))  # of dropout; every other draw has a seed of its own
             started = time.perf_counter()
-            batch = list(islice(problems, config.prompts_per_step))
-            rollout = sample(
-                model, tokenizer, [p.prompt for p in batch], group_size=config.group_size,
-                max_new_tokens=config.max_new_tokens, temperature=config.temperature, generator=random_tokens,
-            )  # fmt: skip
-            sampled = time.perf_counter()
-            outcomes = verify(rollout.texts, batch, task).to(device)
-            verified = time.perf_counter()
+            with at_hand():
+                collected = collect(engine, tokenizer, source, verifier, config, run.state.cursor, device, progress.say)
+            engine.sleep()
+            rollout, outcomes = collected.groups.rollout, collected.groups.outcomes
 
             k = k_source.k if isinstance(k_source, EntropyTargetK) else k_source(step)
+            rewards = outcomes + overlong_penalty(
+                rollout.lengths, config.max_new_tokens, config.overlong_buffer, config.overlong_penalty
+            )
             advantages = group_advantages(
-                outcomes, config.group_size, baseline=config.baseline, k=k, backend=config.backend,
+                rewards, config.group_size, outcomes=outcomes, baseline=config.baseline, k=k, backend=config.backend,
                 lengths=rollout.lengths if config.baseline == "opo" else None,
             )  # fmt: skip
+
+            updating = time.perf_counter()
             if config.old_logprobs == "recompute":
                 rollout = recompute_logprobs(model, rollout, advantages, config)
             set_learning_rate(optimizer, config, step)
             updates = [
-                update_policy(model, optimizer, rollout, advantages, rows, config, step * config.minibatches + i)
-                for i, rows in enumerate(minibatches(config, random_order))
+                update_policy(model, optimizer, rollout, advantages, rows, config, draw)
+                for draw, rows in minibatches(config, step, collected.kept)
             ]
+            engine.update_weights(model)
             finished = time.perf_counter()
 
-            record |= {"k": k} | describe_rollout(rollout, outcomes, advantages)
+            record = {"step": step + 1, "k": k, "learning_rate": learning_rate(config, step)}
+            record |= collected.record | describe_rollout(rollout, outcomes, advantages)
             record |= describe_updates(advantages, updates)
+            record |= {"seconds_update": finished - updating, "seconds_total": finished - started}
             if isinstance(k_source, EntropyTargetK):
                 k_source.update(record["sampler_entropy"])
-            record |= {
-                "seconds_rollout": sampled - started,
-                "seconds_verify": verified - sampled,
-                "seconds_update": finished - verified,
-            }
-            write(log, record)
-            progress.show(
-                reward=record["reward"], entropy=record["sampler_entropy"], zero=record["zero_fraction"],
-                length=record["response_length"],
-            )  # fmt: skip
-        write(log, {"step": config.steps, "eval": evaluate(model, tokenizer, task, config)})
-
-    checkpoint.save(model, tokenizer, folder / "checkpoint")
-    report.plot([folder], folder / "figure.png")
-    return folder
+            samples, value = [], None
+            if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+                record["eval"], samples = evaluation()
+                value = sum(m["pass@1"] for m in record["eval"].values()) / max(1, len(evals))
+            run.log(record, samples)
+            progress.show_step(record)
+            run.finish_step(model, optimizer, cursor=collected.cursor, k_source=k_source, value=value)
+        run.finish(model, tokenizer)
+    return run.folder
 
 
-def minibatches(config: TrainConfig, generator: torch.Generator) -> Iterator[Tensor]:
-    """Rows of each minibatch: the groups of the rollout in random order, whole groups together."""
-    order = torch.randperm(config.prompts_per_step, generator=generator)
-    for groups in order.chunk(config.minibatches):
-        yield (groups[:, None] * config.group_size + torch.arange(config.group_size)).flatten()
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> None:
-    """Linear warm-up, then constant."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+def minibatches(config: TrainConfig, step: int, groups: int) -> Iterator[tuple[int, Tensor]]:
+    """(number of the update in the run, rows of its minibatch): the groups of the rollout in random order, whole groups
+    together; another order in each epoch. Nothing where there is no group."""
+    if groups == 0:
+        return
+    for epoch in range(config.epochs):
+        order = torch.randperm(groups, generator=generator_of(ORDER, config.seed, step, epoch))
+        for i, chosen in enumerate(order.chunk(config.minibatches)):
+            draw = (step * config.epochs + epoch) * config.minibatches + i
+            yield draw, (chosen[:, None] * config.group_size + torch.arange(config.group_size)).flatten()
 
 
 def describe_rollout(rollout: Rollout, outcomes: Tensor, advantages: Advantages) -> dict[str, float | None]:
-    """Of all responses; entropies are the sampler's own. None: there was no such token."""
+    """Of the responses that are trained on; entropies are the sampler's own. None: there was no such token."""
 
     def mean_entropy(responses: Tensor) -> float | None:
         mask = rollout.response_mask & responses[:, None]
-        return (rollout.entropy[mask].mean()).item() if mask.any() else None
+        return rollout.entropy[mask].mean().item() if rollout.entropy is not None and mask.any() else None
 
     values = advantages.advantages
     return {
-        "reward": outcomes.mean().item(),
         "sampler_entropy": mean_entropy(torch.ones_like(values, dtype=torch.bool)),
         "sampler_entropy_positive": mean_entropy(values > 0),
         "sampler_entropy_negative": mean_entropy(values < 0),
@@ -169,27 +177,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def start_folder(config: TrainConfig, device: torch.device) -> Path:
-    """Creates the results folder and its config.json: the whole configuration and what it ran on."""
-    folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {
-        "config": dataclasses.asdict(config),
-        "versions": {
-            "qae_kernels": qae_kernels.__version__, "torch": torch.__version__,
-            "transformers": transformers.__version__, "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(about, indent=2, default=str) + "\n", encoding="utf-8")
-    return folder
-
-
-def write(log, record: dict[str, Any]) -> None:
-    log.write(json.dumps(record) + "\n")
-    log.flush()
-
-
 def parse(arguments: list[str]) -> TrainConfig:
     """Command line to config: the preset's values, changed by the other flags."""
     named, _ = tyro.cli(PresetOnly, args=arguments, return_unknown_args=True, add_help=False)
@@ -207,14 +194,16 @@ class PresetOnly:
 def main() -> None:
     config = parse(sys.argv[1:])
     try:
-        resolve_device(config.device)
-        if config.init is not None:
-            checkpoint.require(config.init)
-    except (FileNotFoundError, ValueError) as error:
+        folder = train(config)
+    except Stopped as stopped:
+        print(stopped)
+        sys.exit(130)
+    except (OSError, ValueError, CheckpointError, EngineError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    folder = train(config)
-    print(report.table({config.name: folder}))
-    print(f"\n{folder}/figure.png")
+    if parallel.leads():
+        report.plot([folder], folder / "figure.png")
+        print(report.table({config.name: folder}))
+        print(f"\n{folder}/figure.png")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """One update of the policy: plan -> packed micro-batches -> gradient, summed over ranks -> optimizer.
 
-Only responses with credit enter the model (under KL-Cov, which pulls at others too, all of them). With
-torch.distributed initialised, each rank holds the same model and the same rollout and trains its share of the plan;
-otherwise there is one rank, and everything is its share.
+Only responses with credit enter the model (under KL-Cov, which pulls at others too, all of them). Of several ranks each
+holds the same rollout and its shard of the model (`parallel.shard`), and trains its share of the plan; FSDP sums their
+gradients, micro-batch by micro-batch, so that what waits for the optimizer is sharded as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,16 +22,26 @@ from qae_kernels import (
     CreditPlan,
     Diagnostics,
     PolicyLossConfig,
+    PolicyLossOutput,
     linear_policy_loss,
     linear_token_logprobs,
     plan_credit,
+    rollout_correction,
     select_tokens,
     top_entropy_mask,
 )
 
 from .config import TrainConfig
-from .packing import hidden_states, output_head, pack
+from .packing import Packed, hidden_states, output_head, pack
+from .parallel import as_forward, distributed, rank_and_world_size, whole
 from .rollout import Rollout
+
+# Bounds of trainer / sampler: truncated importance sampling's is the default of `rollout_correction`, IcePop's are those
+# of its paper, arXiv 2510.18855.
+CORRECTIONS = {
+    "tis": {"mode": "truncate", "low": None, "high": 2.0},
+    "icepop": {"mode": "mask", "low": 0.5, "high": 5.0},
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,16 @@ def update_policy(
 
     draw: which of its draws Clip-Cov takes; another one in each update.
     Responses of advantage 0 have no gradient, so they do not enter the model; their tokens stay in the denominator.
+    With `mask_truncated` those cut at the length limit leave the denominator too (DAPO's overlong filtering).
     A minibatch in which no response has credit changes nothing: there is no update then.
+    Raises FloatingPointError before the optimizer steps where the gradient is not finite.
     """
     rank, world_size = rank_and_world_size()
     rows = rows.to(rollout.response_ids.device)
+    if config.mask_truncated:
+        rows = rows[rollout.finished[rows]]
+    if not len(rows):
+        return Update(Diagnostics.empty(rows.device), None)
     minibatch, values = rollout.select(rows), advantages.advantages[rows]
     loss, selection = select(minibatch, values, config.loss_config, draw)
     plan = plan_credit(
@@ -66,13 +84,33 @@ def update_policy(
     )  # fmt: skip
     if not len(plan.responses):
         return Update(Diagnostics.empty(values.device), None)
+    if config.rollout_correction != "none":
+        weights = correction_weights(minibatch, config)
+        selection["rollout_weights"] = weights * selection.get("rollout_weights", 1.0)
     diagnostics = policy_gradient(
         model, minibatch, values, plan, rank, hard=advantages.hard[rows], selection=selection, backend=config.backend
     )
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient of this update is not finite: its norm is {norm}. The weights are those before it. Look at "
+            f"learning_rate {config.learning_rate}, dtype {config.dtype}, loss {config.loss!r}, and at the tokens that "
+            f"it was made of: {diagnostics.as_dict()}"
+        )
     optimizer.step()
     optimizer.zero_grad()
-    return Update(diagnostics, grad_norm.item())
+    return Update(diagnostics, norm)
+
+
+def correction_weights(rollout: Rollout, config: TrainConfig) -> Tensor:
+    """[B, R]: what each token counts for the mismatch of sampler and trainer."""
+    if rollout.old_logprobs is None:
+        raise ValueError(
+            f"rollout_correction {config.rollout_correction!r} compares the sampler's log-probabilities with the "
+            f"trainer's: expected old_logprobs 'recompute'; got {config.old_logprobs!r}"
+        )
+    bounds = CORRECTIONS[config.rollout_correction]
+    return rollout_correction(rollout.old_logprobs, rollout.logprobs, mask=rollout.response_mask, **bounds)
 
 
 def select(
@@ -82,6 +120,10 @@ def select(
     arguments [B, R] of the loss; and the config that goes with them. No loss is left that selects within a call."""
     mask, kept, selection = rollout.response_mask, None, {}
     if config.top_entropy < 1:
+        if rollout.entropy is None:
+            raise ValueError(
+                "top_entropy needs entropies, and the engine tells none: expected old_logprobs 'recompute'"
+            )
         kept = top_entropy_mask(rollout.entropy, config.top_entropy, mask=mask)
         config = dataclasses.replace(config, top_entropy=1.0)
     if config.objective == "clip_cov":  # PPO's clip without the tokens that are drawn
@@ -111,27 +153,29 @@ def policy_gradient(
     """Adds to every parameter's `.grad` the gradient of the loss of the whole `plan`; returns its diagnostics.
 
     advantages, hard [B], ref_logprobs, selection [B, R]: of the B responses of `rollout`, which the plan was made for.
-    This rank runs its own micro-batches, then the ranks sum. An empty micro-batch runs as well and has a gradient of 0,
-    so that no rank waits for another. Gradients must be None or 0 before: the ranks would sum what is there.
+    This rank runs its own micro-batches, and FSDP sums over the ranks. An empty micro-batch runs as well and has a
+    gradient of 0, so that no rank waits for another.
     """
     per_token = {"ref_logprobs": ref_logprobs, **(selection or {})}
     if rollout.old_logprobs is None:
         per_token["old_logprobs"] = rollout.logprobs
     else:
         per_token |= {"old_logprobs": rollout.old_logprobs, "rollout_logprobs": rollout.logprobs}
-    diagnostics = Diagnostics.empty(advantages.device)
-    for rows in plan.micro_batches[rank]:
-        batch = pack(rollout, rows)
-        output = linear_policy_loss(
+
+    def loss(batch: Packed) -> PolicyLossOutput:
+        return linear_policy_loss(
             hidden_states(model, batch), tokens=batch.tokens, advantages=advantages[batch.rows],
             cu_seqlens=batch.cu_seqlens, normalizer=plan.normalizer, config=plan.config, entropy="active",
             backend=backend, **{name: batch.take(x) for name, x in per_token.items() if x is not None},
             **output_head(model),
         )  # fmt: skip
+
+    diagnostics = Diagnostics.empty(advantages.device)
+    for rows in plan.micro_batches[rank]:
+        batch = pack(rollout, rows)
+        output = as_forward(model, partial(loss, batch))
         output.loss.backward()
         diagnostics += output.diagnostics(None if hard is None else hard[batch.rows])
-    if distributed():
-        sum_gradients(model)
     return diagnostics.all_reduce()
 
 
@@ -139,38 +183,35 @@ def policy_gradient(
 def recompute_logprobs(
     model: PreTrainedModel, rollout: Rollout, advantages: Advantages, config: TrainConfig
 ) -> Rollout:
-    """The rollout with `old_logprobs` of `model` beside the sampler's; 0 in responses without credit."""
+    """The rollout with `old_logprobs` of `model` beside the sampler's; 0 in responses without credit.
+
+    Where the engine tells no entropy, all responses enter, and theirs is that of `model`.
+    """
     rank, world_size = rank_and_world_size()
-    loss, _ = select(rollout, advantages.advantages, config.loss_config)
+    values, loss = advantages.advantages, config.loss_config
+    if rollout.entropy is None:
+        values = torch.ones_like(values)
+    else:
+        loss, _ = select(rollout, values, loss)
     plan = plan_credit(
-        advantages.advantages, rollout.lengths, prompt_lengths=rollout.prompt_lengths, max_tokens=config.max_tokens,
+        values, rollout.lengths, prompt_lengths=rollout.prompt_lengths, max_tokens=config.max_tokens,
         world_size=world_size, config=loss,
     )  # fmt: skip
-    logprobs = torch.zeros_like(rollout.logprobs)
-    for rows in plan.micro_batches[rank]:
-        batch = pack(rollout, rows)
-        values, _ = linear_token_logprobs(
+
+    def statistics(batch: Packed) -> tuple[Tensor, Tensor]:
+        return linear_token_logprobs(
             hidden_states(model, batch), tokens=batch.tokens, temperature=config.temperature, backend=config.backend,
             **output_head(model),
         )  # fmt: skip
-        batch.put(values, into=logprobs)
+
+    found = torch.zeros(2, *rollout.logprobs.shape, device=rollout.logprobs.device)  # log-probabilities, entropies
+    for rows in plan.micro_batches[rank]:
+        batch = pack(rollout, rows)
+        for values, into in zip(as_forward(model, partial(statistics, batch)), found, strict=True):
+            batch.put(values, into=into)
     if distributed():
-        dist.all_reduce(logprobs)  # each response is another rank's 0
-    return dataclasses.replace(rollout, old_logprobs=logprobs)
-
-
-def sum_gradients(model: PreTrainedModel) -> None:
-    """Over the ranks; a parameter that took no part on this one counts 0."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-
-
-def distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+        dist.all_reduce(found)  # each response is another rank's 0
+    logprobs, entropy = found
+    return dataclasses.replace(
+        rollout, old_logprobs=logprobs, entropy=entropy if rollout.entropy is None else rollout.entropy
+    )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .arithmetic import Task, worked_answer
 from .config import TrainConfig
-from .data import Problem, Task, worked_answer
+from .problems import Problem
 from .progress import Progress
 
 WARM_START_SEED = 77_000_000
@@ -34,10 +35,10 @@ def encode_batch(
 
 
 def warm_start(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, config: TrainConfig, progress: Progress
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, progress: Progress
 ) -> None:
-    """Trains `model` in place."""
-    settings = config.warm_start
+    """Trains `model` in place on the toy task, the only one whose answers are worked out."""
+    settings, task = config.warm_start, Task(config.task)
     rng = random.Random(config.seed)
     problems = task.training_problems(WARM_START_SEED + config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)

@@ -51,10 +51,11 @@ def largest_error(plain: Tensor | None, exact: Tensor) -> Tensor | float:
 
 
 def assert_statistics(
-    actual: Tensor, exact: Tensor, dtype: torch.dtype, what: str, plain: Tensor | None = None
-) -> None:
-    """Losses, log-probabilities and entropies; dtype: that of the logits; plain: the same from plain PyTorch."""
-    floor = FLOOR[arithmetic_dtype(dtype)] * exact.abs().clamp(min=1)
+    actual: Tensor, exact: Tensor, dtype: torch.dtype, what: str, plain: Tensor | None = None, slope: float = 1.0,
+) -> None:  # fmt: skip
+    """Losses, log-probabilities and entropies; dtype: that of the logits; plain: the same from plain PyTorch; slope: by
+    how much a change of the log-probabilities changes the value, where that is more than 1."""
+    floor = FLOOR[arithmetic_dtype(dtype)] * exact.abs().clamp(min=max(1.0, slope))
     floor = torch.where(floor.isfinite(), floor, 0)
     assert_within(actual, exact, FACTOR * largest_error(plain, exact) + floor, what)
 

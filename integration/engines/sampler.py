@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..rollout import Rollout, positions
-from . import Sampling
+from . import Sampling, check_prompts, end_tokens
 
 COMPACT_SHARE = 0.25  # when this share of the rows has finished they leave the batch
 
@@ -19,8 +22,10 @@ class Sampler:
         self.model, self.tokenizer = model, tokenizer
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> Rollout:
-        """The logprobs and entropies are those of the full softmax at this temperature (1 if greedy), whatever top_p."""
-        return sample(self.model, self.tokenizer, prompts, seeds, sampling)
+        """Logprobs and entropies are those of the full softmax at this temperature (1 if greedy), whatever top_p."""
+        check_prompts(prompts, seeds)
+        with evaluating(self.model):
+            return sample(self.model, self.tokenizer, prompts, seeds, sampling)
 
     def update_weights(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -41,11 +46,11 @@ def sample(
     sampling: Sampling,
 ) -> Rollout:
     device = model.device
-    encoded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left").to(device)
-    prompt_mask = encoded.attention_mask.bool()
+    prompt_ids, prompt_mask = pad_left(prompts, tokenizer.pad_token_id, device)
+    ends = torch.tensor(end_tokens(model, tokenizer), dtype=torch.long, device=device)
     cache = DynamicCache(config=model.config)
     logits = model(
-        input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, position_ids=positions(prompt_mask),
+        input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask),
         past_key_values=cache, use_cache=True, logits_to_keep=1,
     ).logits[:, -1]  # fmt: skip
     cache.batch_repeat_interleave(sampling.group_size)
@@ -72,7 +77,7 @@ def sample(
         mask[rows[live], t] = True
         logprobs[rows[live], t] = all_logprobs.gather(1, token[:, None])[live, 0]
         entropy[rows[live], t] = torch.special.entr(probabilities[live]).sum(-1)
-        finished[rows] |= token == tokenizer.eos_token_id
+        finished[rows] |= torch.isin(token, ends)
         done = finished[rows]
         if done.all() or t + 1 == steps:
             break
@@ -90,10 +95,29 @@ def sample(
     longest = int(mask.sum(1).max())
     ids, mask = ids[:, :longest], mask[:, :longest]
     return Rollout(
-        prompt_ids=encoded.input_ids.repeat_interleave(sampling.group_size, 0), prompt_mask=prompt_mask,
+        prompt_ids=prompt_ids.repeat_interleave(sampling.group_size, 0), prompt_mask=prompt_mask,
         response_ids=ids, response_mask=mask, logprobs=logprobs[:, :longest], entropy=entropy[:, :longest],
         finished=finished, texts=tokenizer.batch_decode(ids, skip_special_tokens=True),
     )  # fmt: skip
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and with a cache: checkpointed layers that train take none."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def pad_left(prompts: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """ids and mask [prompts, longest]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=device)
+    return ids, mask
 
 
 def uniform_noise(seeds: list[int], sampling: Sampling) -> Tensor:
