@@ -37,6 +37,8 @@ def make_run(
     with open(folder / "metrics.jsonl", "w") as log, open(folder / "samples.jsonl", "w") as shown:
         for step in range(steps + 1):
             record = {"step": step}
+            if step:
+                record |= training_step(config, (step - 1) / steps, rng)
             if evals and (step % eval_every == 0 or step == steps):
                 record["eval"] = {
                     name: evaluation(rates, config, step / max(1, steps), samples, rng)
@@ -44,9 +46,8 @@ def make_run(
                 }
                 for sample in read_samples(step, rng):
                     shown.write(json.dumps(sample) + "\n")
-            if step < steps:
-                record |= training_step(config, step / max(1, steps), rng)
-            log.write(json.dumps(record) + "\n")
+            if len(record) > 1:
+                log.write(json.dumps(record) + "\n")
     return folder
 
 

@@ -75,7 +75,7 @@ def test_a_torn_line_that_a_resumed_run_went_on_behind(tmp_path):
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     with pytest.warns(UserWarning, match=r"metrics.jsonl, line 3 is left out"):
         records = report.read(folder)
-    assert [r["step"] for r in records] == [0, 1, 3, 4]
+    assert [r["step"] for r in records] == [1, 2, 4]
 
 
 def test_steps_that_are_made_again_count_once(tmp_path):
@@ -137,7 +137,7 @@ def test_summary_is_of_the_first_data_set(runs):
     first, last = records[0]["eval"]["aime-2024"], records[-1]["eval"]["aime-2024"]
     assert (row["pass@1 before"], row["pass@1 after"]) == (first["pass@1"], last["pass@1"])
     assert (row["entropy before"], row["entropy after"]) == (first["sampler_entropy"], last["sampler_entropy"])
-    assert row["zero-advantage share"] == pytest.approx(np.mean([r["zero_fraction"] for r in records[:-1]]))
+    assert row["zero-advantage share"] == pytest.approx(np.mean([r["zero_fraction"] for r in records[1:]]))
     heading, _, line = report.table({"one": folder}).splitlines()
     assert line.startswith(f"| one | {row['pass@1 before']:.3f}") and heading.startswith("| run | pass@1 before")
 
@@ -160,10 +160,10 @@ def test_accuracy_of_one_run_has_the_bootstrap_interval(runs):
 
 def test_curves_of_seeds_have_the_t_interval(runs):
     curve = step_curve(group(runs, "qae"), "sampler_entropy")
-    values = np.array([[r["sampler_entropy"] for r in report.read(f)[:-1]] for f in seeds(runs, "qae")])
+    values = np.array([[r["sampler_entropy"] for r in report.read(f)[1:]] for f in seeds(runs, "qae")])
     means = np.array([[row[max(0, i - 4) : i + 1].mean() for i in range(20)] for row in values])
     half = t_quantile(2) * means.std(0, ddof=1) / np.sqrt(3)
-    assert curve.band == "95% t interval over 3 seeds" and curve.x.tolist() == list(range(20))
+    assert curve.band == "95% t interval over 3 seeds" and curve.x.tolist() == list(range(1, 21))
     for got, expected in (
         (curve.y, means.mean(0)),
         (curve.low, means.mean(0) - half),
@@ -189,11 +189,11 @@ def test_seeds_are_compared_where_all_of_them_are(tmp_path):
     lines = (half / "metrics.jsonl").read_text().splitlines()
     (half / "metrics.jsonl").write_text("\n".join(lines[:4]))
     curve = step_curve(Group("run", [Run.open(whole), Run.open(half)]), "reward")
-    assert curve.x.tolist() == [0, 1, 2, 3] and curve.band == "range of 2 seeds"
+    assert curve.x.tolist() == [1, 2, 3, 4] and curve.band == "range of 2 seeds"
 
 
 def test_curves_along_seconds(runs):
-    """An evaluation stands where the training before it ended; a step where itself did. Means over the seeds."""
+    """A step and its evaluation stand where the step's training ended. Means over the seeds."""
     members = group(runs, "mean")
     clocks = [np.cumsum([r["seconds_total"] for r in run.steps]) for run in members.runs]
     assert step_curve(members, "reward", "seconds").x == pytest.approx(np.mean(clocks, 0))
