@@ -160,6 +160,8 @@ def training_config(settings: EvaluateConfig) -> TrainConfig:
     if is_run(Path(settings.model)):
         about = json.loads((Path(settings.model) / "config.json").read_text(encoding="utf-8"))
         base, init = rebuild(TrainConfig, about["config"]), str(Path(settings.model) / "model")
+        if not Path(init).is_dir():
+            raise FileNotFoundError(f"the run {settings.model} has no {init}: expected a run that has finished")
 
     def given(**values: Any) -> dict[str, Any]:
         return {name: x for name, x in values.items() if x is not None}
@@ -240,22 +242,21 @@ def write_json(value: Any, path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    settings = tyro.cli(EvaluateConfig, args=arguments, description=__doc__, prog="python -m integration.evaluate")
+def evaluate_model(settings: EvaluateConfig, progress: Progress) -> tuple[dict[str, Any], Path]:
+    """(what is known of the evaluation, the JSON file that holds it)."""
     from .data import open_evals
     from .engines import make_engine
     from .models import open_policy
     from .train import resolve_device
-    from .verify_pool import Verifier as VerifierPool
+    from .verify_pool import Verifier
 
-    config, progress = training_config(settings), Progress()
+    config = training_config(settings)
     here = Path(settings.model) if is_run(Path(settings.model)) else Path()
-    out = settings.out or here / "evaluation.json"
     model, tokenizer = open_policy(config, resolve_device(config.device))
     model.eval()
-    engine, results = make_engine(config, model, tokenizer, here), {}
+    engine, results = make_engine(config, model, tokenizer, Path(config.init)), {}
     try:
-        with VerifierPool(config.verify) as verifier:
+        with Verifier(config.verify) as verifier:
             for name, problems in open_evals(config, tokenizer).items():
                 progress.say(f"{name}: {len(problems)} problems, {config.eval_samples} samples each")
                 metrics, _ = evaluate(engine, tokenizer, problems, verifier, config, settings.seed)
@@ -270,8 +271,19 @@ def main(arguments: list[str] | None = None) -> None:
             "transformers": transformers.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
+    out = settings.out or here / "evaluation.json"
     write_json(about, out)
-    print(f"{format_results(results)}\n\nIn percent, with 95% intervals: problems drawn anew, {RESAMPLES} times. {out}")
+    return about, out
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = tyro.cli(EvaluateConfig, args=arguments, description=__doc__, prog="python -m integration.evaluate")
+    try:
+        about, out = evaluate_model(settings, Progress())
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{format_results(about['results'])}\n")
+    print(f"In percent, with 95% intervals: problems drawn anew, {RESAMPLES} times. {out}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from integration.evaluate import (
     EvaluateConfig,
     evaluate,
     format_results,
+    main,
     rebuild,
     training_config,
     weights_hash,
@@ -263,6 +264,9 @@ def test_settings_of_a_run_are_taken_over(tmp_path):
     folder = tmp_path / "x"
     write_json({"config": plain(trained)}, folder / "config.json")
     (folder / "metrics.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match=r"expected a run that has finished"):
+        training_config(EvaluateConfig(model=str(folder)))
+    (folder / "model").mkdir()
     config = training_config(EvaluateConfig(model=str(folder), samples=32, responses_per_call=100))
     assert config.data == trained.data and (config.max_new_tokens, config.loss) == (99, "gspo")
     assert config.init == str(folder / "model")
@@ -286,6 +290,33 @@ def test_a_model_without_a_run(tmp_path):
 def test_settings_that_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must .*; got {value}"):
         EvaluateConfig(model="x", **{name: value})
+
+
+def test_the_command(policy, tmp_path, capsys):
+    """A model's folder and a file of problems, through the real loader, engine and verifiers."""
+    model, tokenizer = policy
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = [{"prompt": f"{i}+1=", "answer": "5"} for i in range(6)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out" / "result.json"
+    main([str(tmp_path / "model"), "--data", str(tmp_path / "sums.jsonl"), "--verifier", "exact", "--samples", "64",
+          "--temperature", "1.0", "--max-new-tokens", "2", "--responses-per-call", "128", "--engine", "sampler",
+          "--device", "cpu", "--out", str(out)])  # fmt: skip
+    about = json.loads(out.read_text())
+    result = about["results"]["sums"]
+    assert len(result["successes"]) == 6 and sum(result["successes"]) > 0, "want some one-token answers that are right"
+    assert result["pass@1"] == pytest.approx(sum(result["successes"]) / 6 / 64)
+    assert list(result["pass@k"]) == ["1", "2", "4", "8", "16", "32", "64"]
+    assert about["weights_sha256"] == weights_hash(str(tmp_path / "model"))
+    assert about["settings"]["temperature"] == 1.0 and about["versions"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert "| sums     | 6        | 64      |" in printed and str(out) in printed
+    (tmp_path / "config.json").write_text('{"config": {}}')
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match=r"error: the run .* has no .*model: expected a run that has finished"):
+        main([str(tmp_path), "--device", "cpu"])
 
 
 def test_the_hash_is_of_the_weights(policy, tmp_path, monkeypatch):
