@@ -27,11 +27,13 @@ from transformers import PreTrainedTokenizerBase
 
 import qae_kernels
 
+from . import parallel
 from .accuracy import RESAMPLES, bootstrap_interval, pass_at_k
 from .config import TrainConfig
 from .data import Problem
 from .engines import Engine, Sampling
 from .progress import Progress
+from .seeds import EVALUATION, seed_of
 
 if TYPE_CHECKING:
     from .verify_pool import Verdict, Verifier
@@ -48,7 +50,8 @@ def evaluate(
     config: TrainConfig,
     seed: int = EVAL_SEED,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(metrics, samples to read) of `eval_samples` responses to each problem, always from the same random numbers.
+    """(metrics, samples to read) of `eval_samples` responses to each problem, always from the same random numbers. Each
+    rank draws for its share of the problems; all of them get everything.
 
     A response is a success at score 1 and not below; `score` is the mean score. `successes` are per problem, `samples`
     of each. sampler_entropy: nats per token; None where the engine does not tell.
@@ -62,16 +65,20 @@ def evaluate(
     size = max(1, config.prompts_per_step * config.group_size // count)
 
     texts, verdicts, lengths, finished, entropies = [], [], [], [], []
-    for start in range(0, len(problems), size):
-        batch = problems[start : start + size]
-        prompts = [tokenizer.encode(p.prompt) for p in batch]
-        seeds = [problem_seed(seed, start + i) for i in range(len(batch))]
-        rollout = engine.generate(prompts, seeds, sampling)
+    mine = parallel.share(list(range(len(problems))))
+    for start in range(0, len(mine), size):
+        batch = mine[start : start + size]
+        prompts = [tokenizer.encode(problems[i].prompt) for i in batch]
+        rollout = engine.generate(prompts, [seed_of(EVALUATION, seed, i) for i in batch], sampling)
         texts += rollout.texts
-        verdicts += verifier.score(rollout.texts, [p for p in batch for _ in range(count)])
+        verdicts += verifier.score(rollout.texts, [problems[i] for i in batch for _ in range(count)])
         lengths += rollout.lengths.tolist()
         finished += rollout.finished.tolist()
         entropies.append(None if rollout.entropy is None else rollout.entropy.sum().item())
+    gathered = parallel.gather((texts, verdicts, lengths, finished, entropies))
+    texts, verdicts, lengths, finished, entropies = (
+        [x for part in parts for x in part] for parts in zip(*gathered, strict=True)
+    )
 
     scores = np.array([v.score for v in verdicts], float).reshape(len(problems), count)
     successes = (scores == 1.0).sum(1).tolist()
@@ -86,11 +93,6 @@ def evaluate(
         "truncated_fraction": 1 - sum(finished) / len(finished),
     }
     return metrics, to_read(problems, texts, verdicts)
-
-
-def problem_seed(seed: int, index: int) -> int:
-    """31 bits, a function of the two numbers that gives neighbours nothing in common."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0] >> 1)
 
 
 def to_read(problems: list[Problem], texts: list[str], verdicts: list[Verdict]) -> list[dict[str, Any]]:
@@ -158,6 +160,8 @@ def training_config(settings: EvaluateConfig) -> TrainConfig:
     if is_run(Path(settings.model)):
         about = json.loads((Path(settings.model) / "config.json").read_text(encoding="utf-8"))
         base, init = rebuild(TrainConfig, about["config"]), str(Path(settings.model) / "model")
+        if not Path(init).is_dir():
+            raise FileNotFoundError(f"the run {settings.model} has no {init}: expected a run that has finished")
 
     def given(**values: Any) -> dict[str, Any]:
         return {name: x for name, x in values.items() if x is not None}
@@ -238,22 +242,21 @@ def write_json(value: Any, path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    settings = tyro.cli(EvaluateConfig, args=arguments, description=__doc__, prog="python -m integration.evaluate")
+def evaluate_model(settings: EvaluateConfig, progress: Progress) -> tuple[dict[str, Any], Path]:
+    """(what is known of the evaluation, the JSON file that holds it)."""
     from .data import open_evals
     from .engines import make_engine
     from .models import open_policy
     from .train import resolve_device
-    from .verify_pool import Verifier as VerifierPool
+    from .verify_pool import Verifier
 
-    config, progress = training_config(settings), Progress()
+    config = training_config(settings)
     here = Path(settings.model) if is_run(Path(settings.model)) else Path()
-    out = settings.out or here / "evaluation.json"
     model, tokenizer = open_policy(config, resolve_device(config.device))
     model.eval()
-    engine, results = make_engine(config, model, tokenizer, here), {}
+    engine, results = make_engine(config, model, tokenizer, Path(config.init)), {}
     try:
-        with VerifierPool(config.verify) as verifier:
+        with Verifier(config.verify) as verifier:
             for name, problems in open_evals(config, tokenizer).items():
                 progress.say(f"{name}: {len(problems)} problems, {config.eval_samples} samples each")
                 metrics, _ = evaluate(engine, tokenizer, problems, verifier, config, settings.seed)
@@ -268,8 +271,19 @@ def main(arguments: list[str] | None = None) -> None:
             "transformers": transformers.__version__, "python": platform.python_version(),
         },
     }  # fmt: skip
+    out = settings.out or here / "evaluation.json"
     write_json(about, out)
-    print(f"{format_results(results)}\n\nIn percent, with 95% intervals: problems drawn anew, {RESAMPLES} times. {out}")
+    return about, out
+
+
+def main(arguments: list[str] | None = None) -> None:
+    settings = tyro.cli(EvaluateConfig, args=arguments, description=__doc__, prog="python -m integration.evaluate")
+    try:
+        about, out = evaluate_model(settings, Progress())
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{format_results(about['results'])}\n")
+    print(f"In percent, with 95% intervals: problems drawn anew, {RESAMPLES} times. {out}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import secrets
@@ -22,14 +23,25 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def open_trackers(config: TrainConfig, folder: Path, start: int = 0) -> list[Tracker]:
-    """Those that the config names, for the run whose results are in `folder`. start: the step at which it begins; what
-    was logged from there on by an earlier process counts no more.
+def open_trackers(config: TrainConfig, folder: Path, made: int = 0) -> list[Tracker]:
+    """Those that the config names, for the run whose results are in `folder`. made: steps that the run has made; what
+    an earlier process logged of later ones counts no more.
 
-    Raises ImportError where a package is missing, and whatever a tracker raises when it starts. Later failures are told
-    once and never raised: a run does not die of its tracker.
+    Raises what `require_trackers` does, and whatever a tracker raises when it starts. Later failures are told once and
+    never raised: a run does not die of its tracker.
     """
-    return [Guarded(name, TRACKERS[name](config, folder, start)) for name in config.trackers]
+    require_trackers(config)
+    return [Guarded(name, TRACKERS[name](config, folder, made)) for name in config.trackers]
+
+
+def require_trackers(config: TrainConfig) -> None:
+    """Raises ValueError where the package of a tracker is missing. Cheap: imports nothing."""
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"trackers names {name!r}, but the package is not installed: "
+                f"pip install 'qae-kernels[track]', or pip install {name}"
+            )
 
 
 def flatten(record: dict[str, Any]) -> dict[str, float]:
@@ -67,23 +79,15 @@ class Guarded:
                 )
 
 
-def missing(name: str, package: str) -> ImportError:
-    return ImportError(
-        f"trackers names {name!r}, but {package} is not installed: "
-        f"pip install 'qae-kernels[track]', or pip install {package}"
-    )
-
-
 class TensorBoard:
     """Event files in <folder>/tensorboard; those of one run together are one curve, whoever was killed in between."""
 
-    def __init__(self, config: TrainConfig, folder: Path, start: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise missing("tensorboard", "tensorboard") from error
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start or None)
-        self.writer.add_text("config", f"```json\n{json.dumps(plain(config), indent=2)}\n```", start)
+    def __init__(self, config: TrainConfig, folder: Path, made: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # A run that is started anew logs step 0 again, its first evaluation.
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=made + 1 if made else 0)
+        self.writer.add_text("config", f"```json\n{json.dumps(plain(config), indent=2)}\n```", made)
 
     def log(self, record: dict[str, float], step: int) -> None:
         for name, value in record.items():
@@ -97,11 +101,9 @@ class WandB:
     """WANDB_MODE=offline keeps everything in <folder>/wandb. A resumed run goes on under its id; wandb takes no step
     twice, so it keeps the first writing of those that are made again."""
 
-    def __init__(self, config: TrainConfig, folder: Path, start: int):
-        try:
-            import wandb
-        except ImportError as error:
-            raise missing("wandb", "wandb") from error
+    def __init__(self, config: TrainConfig, folder: Path, made: int):
+        import wandb
+
         self.run = wandb.init(
             project=PROJECT, name=config.name, config=plain(config), dir=folder, id=stable_id(folder), resume="allow",
             settings=wandb.Settings(console="off"),
@@ -117,11 +119,9 @@ class WandB:
 class Trackio:
     """On this machine, where TRACKIO_DIR says; `trackio show` opens the dashboard."""
 
-    def __init__(self, config: TrainConfig, folder: Path, start: int):
-        try:
-            import trackio
-        except ImportError as error:
-            raise missing("trackio", "trackio") from error
+    def __init__(self, config: TrainConfig, folder: Path, made: int):
+        import trackio
+
         name = f"{config.name}-{stable_id(folder)}"
         self.run = trackio.init(PROJECT, name, config=plain(config), resume="allow", embed=False)
 

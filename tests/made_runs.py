@@ -22,8 +22,8 @@ def make_run(
     evals: dict[str, int] | None = None,
     **settings,
 ) -> Path:
-    """A run of `steps` steps in `folder`. The mean baseline's entropy falls faster, the quantile's zero share is higher,
-    a higher K keeps more entropy; settings: of the TrainConfig, the seed among them."""
+    """A run of `steps` steps in `folder`. The mean baseline's entropy falls faster, the quantile's zero share is
+    higher, a higher K keeps more entropy; settings: of the TrainConfig, the seed among them."""
     config = TrainConfig(name=folder.name, runs=folder.parent, steps=steps, eval_every=eval_every, **settings)
     evals = EVALS if evals is None else evals
     rng = np.random.default_rng([config.seed, int(100 * config.k), config.baseline == "mean"])
@@ -37,6 +37,8 @@ def make_run(
     with open(folder / "metrics.jsonl", "w") as log, open(folder / "samples.jsonl", "w") as shown:
         for step in range(steps + 1):
             record = {"step": step}
+            if step:
+                record |= training_step(config, (step - 1) / steps, rng)
             if evals and (step % eval_every == 0 or step == steps):
                 record["eval"] = {
                     name: evaluation(rates, config, step / max(1, steps), samples, rng)
@@ -44,9 +46,8 @@ def make_run(
                 }
                 for sample in read_samples(step, rng):
                     shown.write(json.dumps(sample) + "\n")
-            if step < steps:
-                record |= training_step(config, step / max(1, steps), rng)
-            log.write(json.dumps(record) + "\n")
+            if len(record) > 1:
+                log.write(json.dumps(record) + "\n")
     return folder
 
 
@@ -60,9 +61,9 @@ def evaluation(rates: np.ndarray, config: TrainConfig, progress: float, samples:
     chances = 1 / (1 + np.exp(-(np.log(rates / (1 - rates)) + gain)))
     successes = rng.binomial(samples, chances)
     return {
-        "pass@1": successes.mean() / samples, f"pass@{samples}": (successes > 0).mean(), "score": successes.mean() / samples,
-        "samples": samples, "successes": successes.tolist(), "sampler_entropy": entropy_at(config, progress) * 0.95,
-        "response_length": 620 + 300 * progress, "truncated_fraction": 0.02,
+        "pass@1": successes.mean() / samples, f"pass@{samples}": (successes > 0).mean(), "samples": samples,
+        "score": successes.mean() / samples, "successes": successes.tolist(), "truncated_fraction": 0.02,
+        "sampler_entropy": entropy_at(config, progress) * 0.95, "response_length": 620 + 300 * progress,
     }  # fmt: skip
 
 
@@ -96,8 +97,8 @@ def read_samples(step: int, rng) -> list[dict]:
         {
             "step": step, "source": "aime-2024" if i < 2 else "held-out", "prompt": prompt, "answer": "51",
             "responses": [
-                {"text": texts[int(wrong)] * (1 + i), "score": float(not wrong), "reason": "differs" if wrong else "equal"}
-                for wrong in rng.random(4) > 0.5
+                {"text": texts[wrong] * (1 + i), "score": 1.0 - wrong, "reason": ("equal", "differs")[wrong]}
+                for wrong in (rng.random(4) > 0.5).astype(int).tolist()
             ],
         }
         for i, prompt in enumerate(PROMPTS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as Qwen3
 
@@ -15,18 +16,21 @@ from integration.accuracy import bootstrap_interval, pass_at_k, seed_band, t_qua
 from integration.arithmetic import VOCAB_SIZE, make_tokenizer
 from integration.config import TrainConfig
 from integration.data import Problem
+from integration.engines import Sampling
 from integration.engines.sampler import Sampler
 from integration.evaluate import (
     EvaluateConfig,
     evaluate,
     format_results,
-    problem_seed,
+    main,
     rebuild,
     training_config,
     weights_hash,
     with_intervals,
     write_json,
 )
+from integration.seeds import EVALUATION, seed_of
+from integration.trackers import plain
 
 CONFIG = TrainConfig(prompts_per_step=4, group_size=2, max_new_tokens=6, eval_samples=4, minibatches=1)
 
@@ -136,6 +140,10 @@ def problems(count: int) -> list[Problem]:
 
 @pytest.fixture(scope="module")
 def policy():
+    return make_policy()
+
+
+def make_policy():
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     model = Qwen3(
@@ -158,10 +166,8 @@ def test_metrics_are_those_of_the_responses(policy):
     """Recounted from what the engine gives for the same seeds."""
     metrics, _, _ = run(policy)
     model, tokenizer = policy
-    from integration.engines import Sampling
-
     rollout = Sampler(model, tokenizer).generate(
-        [tokenizer.encode(p.prompt) for p in problems(9)], [problem_seed(1, i) for i in range(9)], Sampling(4, 6)
+        [tokenizer.encode(p.prompt) for p in problems(9)], [seed_of(EVALUATION, 1, i) for i in range(9)], Sampling(4, 6)
     )
     scores = [1.0 if text[:1].isdigit() and text[0] <= "5" else 0.5 if text[:1] == "+" else 0 for text in rollout.texts]
     successes = (np.reshape(scores, (9, 4)) == 1).sum(1)
@@ -191,7 +197,19 @@ def test_calls_are_bounded_and_change_nothing(policy):
 def test_the_random_numbers_are_always_the_same(policy):
     assert run(policy)[0] == run(policy)[0]
     assert run(policy)[0]["successes"] != run(policy, seed=2)[0]["successes"]
-    assert len({problem_seed(seed, i) for seed in (1, 2) for i in range(1000)}) == 2000
+
+
+def evaluated(rank, world_size, group, device):
+    return run(make_policy())[:2]
+
+
+def test_ranks_share_the_problems(policy):
+    """Two processes: 4 problems and 5, and both know the results of all 9."""
+    (metrics, samples), second = run_ranks(evaluated, 2, "cpu")
+    alone, alone_samples, _ = run(policy)
+    assert (metrics, samples) == second and samples == alone_samples
+    assert metrics.pop("sampler_entropy") == pytest.approx(alone.pop("sampler_entropy"), rel=1e-5)
+    assert metrics == alone
 
 
 def test_the_evaluation_has_its_own_temperature(policy):
@@ -244,26 +262,23 @@ def test_settings_of_a_run_are_taken_over(tmp_path):
     trained = TrainConfig(name="x", runs=tmp_path, max_new_tokens=99, steps=7, trackers=("wandb",), loss="gspo")
     trained = replace(trained, data=replace(trained.data, evals=("gym:chain_sum",), chat_template=True))
     folder = tmp_path / "x"
-    write_json({"config": rebuild_json(trained)}, folder / "config.json")
+    write_json({"config": plain(trained)}, folder / "config.json")
     (folder / "metrics.jsonl").touch()
+    with pytest.raises(FileNotFoundError, match=r"expected a run that has finished"):
+        training_config(EvaluateConfig(model=str(folder)))
+    (folder / "model").mkdir()
     config = training_config(EvaluateConfig(model=str(folder), samples=32, responses_per_call=100))
     assert config.data == trained.data and (config.max_new_tokens, config.loss) == (99, "gspo")
-    assert config.init == str(folder / "checkpoint")
+    assert config.init == str(folder / "model")
     assert (config.eval_samples, config.eval_temperature, config.prompts_per_step * config.group_size) == (32, 0.7, 96)
     config = training_config(EvaluateConfig(model=str(folder), data=("aime-2024",), max_new_tokens=5, workers=2))
     assert (config.data.evals, config.max_new_tokens, config.verify.workers) == (("aime-2024",), 5, 2)
     assert config.data.chat_template
 
 
-def rebuild_json(config: TrainConfig) -> dict:
-    from integration.trackers import plain
-
-    return plain(config)
-
-
 def test_a_configuration_comes_back_from_its_json(tmp_path):
     config = TrainConfig(runs=tmp_path, trackers=("wandb",), k_end=0.5)
-    assert rebuild(TrainConfig, {**rebuild_json(config), "of_another_version": 1}) == config
+    assert rebuild(TrainConfig, {**plain(config), "of_another_version": 1}) == config
 
 
 def test_a_model_without_a_run(tmp_path):
@@ -275,6 +290,33 @@ def test_a_model_without_a_run(tmp_path):
 def test_settings_that_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must .*; got {value}"):
         EvaluateConfig(model="x", **{name: value})
+
+
+def test_the_command(policy, tmp_path, capsys):
+    """A model's folder and a file of problems, through the real loader, engine and verifiers."""
+    model, tokenizer = policy
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = [{"prompt": f"{i}+1=", "answer": "5"} for i in range(6)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "out" / "result.json"
+    main([str(tmp_path / "model"), "--data", str(tmp_path / "sums.jsonl"), "--verifier", "exact", "--samples", "64",
+          "--temperature", "1.0", "--max-new-tokens", "2", "--responses-per-call", "128", "--engine", "sampler",
+          "--device", "cpu", "--out", str(out)])  # fmt: skip
+    about = json.loads(out.read_text())
+    result = about["results"]["sums"]
+    assert len(result["successes"]) == 6 and sum(result["successes"]) > 0, "want some one-token answers that are right"
+    assert result["pass@1"] == pytest.approx(sum(result["successes"]) / 6 / 64)
+    assert list(result["pass@k"]) == ["1", "2", "4", "8", "16", "32", "64"]
+    assert about["weights_sha256"] == weights_hash(str(tmp_path / "model"))
+    assert about["settings"]["temperature"] == 1.0 and about["versions"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert "| sums     | 6        | 64      |" in printed and str(out) in printed
+    (tmp_path / "config.json").write_text('{"config": {}}')
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "model").rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit, match=r"error: the run .* has no .*model: expected a run that has finished"):
+        main([str(tmp_path), "--device", "cpu"])
 
 
 def test_the_hash_is_of_the_weights(policy, tmp_path, monkeypatch):

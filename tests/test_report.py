@@ -1,4 +1,4 @@
-"""What a person sees of runs: reading them, numbers and figures recomputed, and a page that hostile text cannot break."""
+"""What a person sees of runs: numbers and figures recomputed, and a page that hostile text cannot break."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from PIL import Image
 from integration import report
 from integration.accuracy import bootstrap_interval, pass_at_k, t_quantile
 from integration.config import TaskConfig
-from integration.report import figures, tables
+from integration.report import figures, panels, tables
 from integration.report import page as module
 from integration.report.__main__ import main
 from integration.report.runs import (
@@ -31,6 +31,7 @@ from integration.report.runs import (
 )
 
 ROOT = Path(__file__).parent.parent
+ALL_PANELS = (*panels.ENTROPY, *panels.CREDIT, *panels.RESPONSES, *panels.UPDATE, *panels.TIME)
 HOSTILE = (
     '<script>window.pwned = 1</script></pre></div><img src=x onerror="window.pwned = 1"/>'
     "]]> &amp; &lt; {{ 7 * 7 }} {% raw %} $x^{2$ \\frac \x00\x1b[31m \ud800 \u202e ' \" \uffff"
@@ -74,11 +75,11 @@ def test_a_torn_line_that_a_resumed_run_went_on_behind(tmp_path):
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     with pytest.warns(UserWarning, match=r"metrics.jsonl, line 3 is left out"):
         records = report.read(folder)
-    assert [r["step"] for r in records] == [0, 1, 3, 4]
+    assert [r["step"] for r in records] == [1, 2, 4]
 
 
 def test_steps_that_are_made_again_count_once(tmp_path):
-    """Killed after step 4, resumed from step 2; and a finished run that is given more steps keeps its last evaluation."""
+    """Killed after step 4, resumed from step 2; a finished run that is given more steps keeps its last evaluation."""
     folder = tmp_path / "run"
     folder.mkdir()
     lines = [{"step": step, "reward": 0.1} for step in range(5)] + [{"step": step, "reward": 0.9} for step in (2, 3)]
@@ -136,7 +137,7 @@ def test_summary_is_of_the_first_data_set(runs):
     first, last = records[0]["eval"]["aime-2024"], records[-1]["eval"]["aime-2024"]
     assert (row["pass@1 before"], row["pass@1 after"]) == (first["pass@1"], last["pass@1"])
     assert (row["entropy before"], row["entropy after"]) == (first["sampler_entropy"], last["sampler_entropy"])
-    assert row["zero-advantage share"] == pytest.approx(np.mean([r["zero_fraction"] for r in records[:-1]]))
+    assert row["zero-advantage share"] == pytest.approx(np.mean([r["zero_fraction"] for r in records[1:]]))
     heading, _, line = report.table({"one": folder}).splitlines()
     assert line.startswith(f"| one | {row['pass@1 before']:.3f}") and heading.startswith("| run | pass@1 before")
 
@@ -159,10 +160,10 @@ def test_accuracy_of_one_run_has_the_bootstrap_interval(runs):
 
 def test_curves_of_seeds_have_the_t_interval(runs):
     curve = step_curve(group(runs, "qae"), "sampler_entropy")
-    values = np.array([[r["sampler_entropy"] for r in report.read(f)[:-1]] for f in seeds(runs, "qae")])
+    values = np.array([[r["sampler_entropy"] for r in report.read(f)[1:]] for f in seeds(runs, "qae")])
     means = np.array([[row[max(0, i - 4) : i + 1].mean() for i in range(20)] for row in values])
     half = t_quantile(2) * means.std(0, ddof=1) / np.sqrt(3)
-    assert curve.band == "95% t interval over 3 seeds" and curve.x.tolist() == list(range(20))
+    assert curve.band == "95% t interval over 3 seeds" and curve.x.tolist() == list(range(1, 21))
     for got, expected in (
         (curve.y, means.mean(0)),
         (curve.low, means.mean(0) - half),
@@ -188,11 +189,11 @@ def test_seeds_are_compared_where_all_of_them_are(tmp_path):
     lines = (half / "metrics.jsonl").read_text().splitlines()
     (half / "metrics.jsonl").write_text("\n".join(lines[:4]))
     curve = step_curve(Group("run", [Run.open(whole), Run.open(half)]), "reward")
-    assert curve.x.tolist() == [0, 1, 2, 3] and curve.band == "range of 2 seeds"
+    assert curve.x.tolist() == [1, 2, 3, 4] and curve.band == "range of 2 seeds"
 
 
 def test_curves_along_seconds(runs):
-    """An evaluation stands where the training before it ended; a step where itself did. Means over the seeds."""
+    """A step and its evaluation stand where the step's training ended. Means over the seeds."""
     members = group(runs, "mean")
     clocks = [np.cumsum([r["seconds_total"] for r in run.steps]) for run in members.runs]
     assert step_curve(members, "reward", "seconds").x == pytest.approx(np.mean(clocks, 0))
@@ -233,7 +234,7 @@ def test_differences_of_other_problems_are_left_out(tmp_path, runs):
 
 def test_lines_and_bands_are_the_curves(runs):
     groups = [group(runs, "mean"), group(runs, "qae")]
-    panel = figures.panel_of("sampler_entropy")
+    panel = panels.panel_of("sampler_entropy")
     figure, bands = figures.panel_grid([panel], groups)
     axis = figure.axes[0]
     for index, (drawn, band) in enumerate(zip(axis.lines, axis.collections, strict=True)):
@@ -255,11 +256,11 @@ def test_labels_move_apart_and_stay_in_order():
 
 
 @pytest.mark.parametrize(
-    ("draw", "panels"),
+    ("draw", "count"),
     [(report.entropy_and_accuracy, 2), (report.training_dynamics, 4), (report.sweep_of_k, 3)],
 )
 @pytest.mark.parametrize("along", ["steps", "seconds"])
-def test_figures_of_experiments(runs, tmp_path, monkeypatch, draw, panels, along):
+def test_figures_of_experiments(runs, tmp_path, monkeypatch, draw, count, along):
     saved = []
     save = figures.save_png
     monkeypatch.setattr(figures, "save_png", lambda figure, path: saved.append(figure) or save(figure, path))
@@ -268,7 +269,7 @@ def test_figures_of_experiments(runs, tmp_path, monkeypatch, draw, panels, along
     image = Image.open(tmp_path / "figure.png")
     assert image.width >= 1500 and (tmp_path / "figure.png").stat().st_size < 150_000
     axes = saved[0].axes
-    assert len(axes) == panels and all(len(axis.lines) >= 2 for axis in axes)
+    assert len(axes) == count and all(len(axis.lines) >= 2 for axis in axes)
     assert saved[0].texts[-1].get_text() == "Bands: 95% t interval over 3 seeds."
     expected = "training step" if along == "steps" else "seconds of training"
     assert {axis.get_xlabel() for axis in axes} == {expected}
@@ -295,7 +296,7 @@ def parse(page: Path) -> ElementTree.Element:
 
 
 def check_page(page: Path) -> ElementTree.Element:
-    """Well formed, nothing that runs, nothing that is loaded, ids that are unique and references that lead somewhere."""
+    """Well formed, nothing that runs, nothing that is loaded, unique ids, references that lead somewhere."""
     tree = parse(page)
     elements = list(tree.iter())
     assert not {"script", "img", "iframe", "object", "link", "base", "form"} & {e.tag.split("}")[-1] for e in elements}
@@ -353,7 +354,7 @@ def test_the_page_says_what_was_measured(page, runs):
         assert row in text
         for cell in cells:
             assert cell.value in text and cell.interval in text
-    for panel in (*figures.ENTROPY, *figures.CREDIT, *figures.RESPONSES, *figures.UPDATE, *figures.TIME):
+    for panel in ALL_PANELS:
         assert panel.title in text and panel.why in text
     assert "NVIDIA H100 80GB HBM3" in text and "torch 2.13.0" in text
 
@@ -400,12 +401,8 @@ def test_hostile_text_is_shown_and_does_nothing(tmp_path):
     out = tmp_path / "report.html"
     write_page(folders, out)
     tree, text = check_page(out), out.read_text(encoding="utf-8")
-    shown = (
-        HOSTILE.replace("\x00", "\u2400")
-        .replace("\x1b", "\u241b")
-        .replace("\ud800", "\ufffd")
-        .replace("\uffff", "\ufffd")
-    )
+    shown = HOSTILE.replace("\x00", "\u2400").replace("\x1b", "\u241b")
+    shown = re.sub("[\ud800\u202e\uffff]", "\ufffd", shown)
     assert [pre.text for pre in tree.findall(".//pre")] == [shown] * 3, "the prompt, and a response of each run"
     assert "window.pwned" in text and "<script" not in text and "<img" not in text and "<b>" not in text
     assert "{{ 7 * 7 }}" in text and names[1].split(" ")[0] in text
@@ -450,6 +447,5 @@ def test_the_command_names_what_is_wrong(arguments, message):
 
 def test_every_panel_is_explained():
     text = (ROOT / "docs" / "reading-a-run.md").read_text(encoding="utf-8")
-    panels = (*figures.ENTROPY, *figures.CREDIT, *figures.RESPONSES, *figures.UPDATE, *figures.TIME)
-    for title in ("pass@1", "pass@n", "Seconds per step", *(panel.title for panel in panels)):
+    for title in ("pass@1", "pass@n", "Seconds per step", *(panel.title for panel in ALL_PANELS)):
         assert f"**{title}**" in text, title

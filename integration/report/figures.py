@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -15,9 +16,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .runs import PHASES, Curve, Group, Run, eval_curve, most_samples, step_curve, step_seconds
+from .panels import ENTROPY, Panel, accuracy_of, accuracy_panels, panel_of
+from .runs import PHASES, Curve, Group, Run, step_curve, step_seconds
 
 # Okabe and Ito's colours, told apart with any colour vision, without their yellow and black; then darker ones that can
 # be read as text on white.
@@ -41,96 +44,10 @@ def style() -> AbstractContextManager:
             "axes.spines.left": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
             "axes.axisbelow": True, "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 1.7,
             "lines.solid_capstyle": "round", "legend.frameon": False, "axes.formatter.limits": (-3, 5),
-            "axes.formatter.use_mathtext": False, "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "qae_kernels",
-            "figure.dpi": 100,
+            "axes.formatter.use_mathtext": False, "text.parse_math": False, "svg.fonttype": "none",
+            "svg.hashsalt": "qae_kernels", "figure.dpi": 100,
         }
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One small figure: a quantity of every group."""
-
-    title: str
-    key: str
-    why: str
-    """What it shows and what healthy looks like, in a sentence or two."""
-    data_set: str | None = None
-    """Of its evaluations; None: of the training steps."""
-    bottom: float | None = 0.0
-    top: float | None = None
-    smooth: bool = True
-    """Draws the running mean of the steps. False: what is set and not measured."""
-    dashed: str | None = None
-    """A second quantity of the training steps, as a dashed line without a band."""
-
-    def curve(self, group: Group, along: str = "steps") -> Curve | None:
-        if self.data_set is None:
-            return step_curve(group, self.key, along, self.smooth)
-        return eval_curve(group, self.data_set, self.key, along)
-
-
-ENTROPY = (
-    Panel("Entropy of the rollouts", "sampler_entropy", "Nats per token, all responses. A slow decline that levels off "
-          "is healthy; near 0 the policy explores no more, a steady rise is noise taking over."),
-    Panel("Entropy, positive advantage", "sampler_entropy_positive", "Of responses that are pushed up. The baseline "
-          "decides who they are: with the quantile, the rare successes of hard problems."),
-    Panel("Entropy, negative advantage", "sampler_entropy_negative", "Of responses that are pushed down. Far above the "
-          "positive side, the push is against exploration."),
-    Panel("Entropy, no advantage", "sampler_entropy_zero", "Of responses that teach nothing."),
-    Panel("Entropy, hard problems", "sampler_entropy_hard", "Of groups whose success rate is at most 1 - K."),
-    Panel("Entropy, easy problems", "sampler_entropy_easy", "Of groups whose success rate is above 1 - K."),
-    Panel("Entropy of trained tokens", "entropy", "Of the tokens that entered the update, as the trainer computes it."),
-)  # fmt: skip
-CREDIT = (
-    Panel("Reward", "reward", "Mean score of the rollouts. It rises faster than the evaluations where problems repeat or "
-          "get easier under dynamic sampling."),
-    Panel("Share without advantage", "zero_fraction", "Responses of advantage 0, which the update skips. About 0.8 with "
-          "the quantile in the paper; near 1, nearly nothing is learnt from.", top=1.0),
-    Panel("Share with positive advantage", "positive_fraction", "Responses that are pushed up."),
-    Panel("Share with negative advantage", "negative_fraction", "Responses that are pushed down. A higher K makes them "
-          "more."),
-    Panel("K", "k", "Quantile level of the baseline, as its schedule or its controller set it.", bottom=None,
-          smooth=False),
-)  # fmt: skip
-RESPONSES = (
-    Panel("Response length", "response_length", "Tokens, mean over the rollouts. Slow growth is common with reasoning; a "
-          "jump goes with loops or with gaming the verifier."),
-    Panel("Truncated responses", "truncated_fraction", "Share that reached the length limit. Above a few percent the "
-          "limit teaches more than the verifier does."),
-)  # fmt: skip
-UPDATE = (
-    Panel("Gradient norm", "grad_norm", "Before clipping, mean over the step's updates. Spikes that come more often are "
-          "the first sign of an unstable run."),
-    Panel("Clipped below", "clip_fraction_low", "Share of trained tokens of negative advantage beyond the lower bound."),
-    Panel("Clipped above", "clip_fraction_high", "Share of trained tokens of positive advantage beyond the upper bound. "
-          "All at 0: one update per rollout, or steps too small to matter."),
-    Panel("Largest ratio", "ratio_max", "Of new to old probability of a token.", bottom=None),
-    Panel("KL from the old policy", "approx_kl", "Nats per token within a step (k3 estimate): how far the updates of one "
-          "rollout go."),
-    Panel("Learning rate", "learning_rate", "As scheduled.", smooth=False),
-)  # fmt: skip
-TIME = (
-    Panel("Seconds of a step", "seconds_total", "The whole step without its evaluation. It grows with the responses; a "
-          "sudden rise is another process on the machine, or an engine that runs out of memory."),
-)  # fmt: skip
-
-
-def accuracy_panels(groups: list[Group]) -> list[Panel]:
-    """pass@1 and pass@n of every data set that some run was evaluated on."""
-    panels = []
-    for name in dict.fromkeys(name for group in groups for name in group.data_sets):
-        evaluations = [e for group in groups for run in group.runs for e in run.evaluations(name).values()]
-        counts = {most_samples(e) for e in evaluations}
-        n = counts.pop() if len(counts) == 1 else "n"
-        panels.append(Panel(f"{name}: pass@1", "pass@1", "Chance that a response is right, mean over problems.", name))
-        if n != 1:
-            why = (
-                f"Chance that one of {n} responses is right. Falling while pass@1 rises: answers get sharper, and fewer "
-                "problems are within reach."
-            )
-            panels.append(Panel(f"{name}: pass@{n}", "pass@n", why, name))
-    return panels
 
 
 def color(index: int) -> str:
@@ -156,6 +73,7 @@ def draw(axis: Axes, panel: Panel, groups: list[Group], along: str = "steps") ->
             axis.plot(curve.x, curve.y, color=color(index), linestyle="--")
     axis.set_title(panel.title)
     axis.set_xlabel("training step" if along == "steps" else "seconds of training")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axis.margins(x=0.02)
     if panel.bottom is not None:
         highest = axis.get_ylim()[1]
@@ -173,9 +91,8 @@ def draw_curve(axis: Axes, curve: Curve, color: str, line: str = "-", marked: bo
         axis.fill_between(curve.x, curve.low, curve.high, color=color, alpha=0.16, linewidth=0)
     elif curve.low is not None:
         axis.vlines(curve.x, curve.low, curve.high, color=color, alpha=0.5)
-    few = len(curve.x) <= 30
-    axis.plot(curve.x, curve.y, color=color, linestyle=line, marker="o" if (marked and few) or len(curve.x) == 1 else None,
-              markersize=3.2)  # fmt: skip
+    marked = len(curve.x) <= (30 if marked else 1)
+    axis.plot(curve.x, curve.y, color=color, linestyle=line, marker="o" if marked else None, markersize=3.2)
 
 
 def label_ends(axis: Axes, ends: list[tuple[str, float, str]]) -> None:
@@ -274,7 +191,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     text = text.replace("url(#", f"url(#{name}-").replace('xlink:href="#', f'href="#{name}-')
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)  # of a point: enough
     box = re.search(r'viewBox="[^"]*"', text)[0]
-    text = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{escape(description)}">', text, count=1)
+    text = re.sub(r"<svg[^>]*>", f'<svg {box} role="img" aria-label="{html.escape(description)}">', text, count=1)
     for shade, variable in PAGE_COLORS.items():
         text = text.replace(shade, f"var({variable})")
     return text.strip()
@@ -288,10 +205,6 @@ PAGE_COLORS = {
 }  # fmt: skip
 
 
-def escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-
-
 def panel_grid(
     panels: list[Panel],
     groups: list[Group],
@@ -300,7 +213,7 @@ def panel_grid(
     size: tuple[float, float] = PANEL,
     note: bool = True,
 ) -> tuple[Figure, list[str]]:
-    """(a figure with all panels, each of `size` inches; what its bands are, which a note below says too)."""  # fmt: skip
+    """(a figure with all panels, each of `size` inches; what its bands are, which a note below says too)."""
     columns = min(columns, len(panels))
     width, height, below = size[0] * columns, size[1] * -(-len(panels) // columns), 0.25 if note else 0.0
     bands: list[str] = []
@@ -309,7 +222,7 @@ def panel_grid(
         for index, panel in enumerate(panels):
             row, column = divmod(index, columns)
             box = (column * size[0], height + below - (row + 1) * size[1], *size)
-            axis = add_axes(figure, box, left=0.48, right=label_width(groups), bottom=0.5)
+            axis = add_axes(figure, box, left=0.48, right=label_width(groups), bottom=0.46)
             bands += draw(axis, panel, groups, along)
         bands = list(dict.fromkeys(bands))
         if note and bands:
@@ -386,16 +299,3 @@ def sweep_of_k(groups: dict[str, list[Path]], path: Path, data_set: str | None =
 
 def labelled(groups: dict[str, list[Path]]) -> list[Group]:
     return [Group(label, [Run.open(folder) for folder in folders]) for label, folders in groups.items()]
-
-
-def panel_of(key: str) -> Panel:
-    return next(panel for panel in (*ENTROPY, *CREDIT, *RESPONSES, *UPDATE) if panel.key == key)
-
-
-def accuracy_of(metric: str, groups: list[Group], data_set: str | None) -> Panel:
-    panels = [panel for panel in accuracy_panels(groups) if panel.key == metric]
-    found = [panel for panel in panels if data_set in (None, panel.data_set)]
-    if not found:
-        expected = ", ".join(panel.data_set for panel in panels) or "runs with evaluations"
-        raise ValueError(f"no evaluation on {data_set!r} in these runs; expected {expected}")
-    return found[0]

@@ -12,13 +12,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from . import figures, tables
-from .figures import CREDIT, ENTROPY, RESPONSES, TIME, UPDATE, Panel
+from .panels import CREDIT, ENTROPY, RESPONSES, TIME, UPDATE, Panel, accuracy_panels
 from .runs import SMOOTHING, Group, Run, differences, group_runs
 
 LONGEST_TEXT = 4000  # characters of a response
 COLUMNS = 6  # runs whose responses stand side by side; beyond, one of each configuration
-# Control characters, which no document may hold, and halves of surrogate pairs, which no encoding can.
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# Control characters, which no document may hold, halves of surrogate pairs, which no encoding can, and those that turn
+# the direction of what follows.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def write_report(folders: list[Path], out: Path, along: str = "steps") -> list[Path]:
@@ -31,7 +32,7 @@ def write_report(folders: list[Path], out: Path, along: str = "steps") -> list[P
 
 def all_panels(groups: list[Group]) -> dict[str, Sequence[Panel]]:
     return {
-        "Accuracy": figures.accuracy_panels(groups), "Entropy": ENTROPY, "Credit": CREDIT, "Responses": RESPONSES,
+        "Accuracy": accuracy_panels(groups), "Entropy": ENTROPY, "Credit": CREDIT, "Responses": RESPONSES,
         "Update": UPDATE, "Time": TIME,
     }  # fmt: skip
 
@@ -82,23 +83,23 @@ def described_svg(figure: Figure, name: str, title: str, why: str) -> dict[str, 
 
 
 def render(groups: list[Group], sections: list[dict[str, Any]], absent: list[str]) -> str:
-    members = tables.members(groups)
+    bands = list(dict.fromkeys(band for s in sections for band in s["bands"]))
     prompts, some = side_by_side(groups)
     contents = [("results", "Results"), *((s["anchor"], s["name"]) for s in sections)]
     contents += [("samples", "Samples")] if prompts else []
     contents += [("configuration", "Configuration"), ("runs", "Runs")]
     return ENVIRONMENT.get_template("page.html").render(
         title=title(groups),
-        groups=groups, runs=members, seeds=any(len(group.runs) > 1 for group in groups), smoothing=SMOOTHING,
-        bands=list(dict.fromkeys(band for s in sections for band in s["bands"])), contents=contents, results=tables.results(groups),
+        groups=groups, runs=tables.members(groups), seeds=any(len(group.runs) > 1 for group in groups),
+        smoothing=SMOOTHING, bands=bands, contents=contents, results=tables.results(groups),
         compared=tables.paired_differences(groups) if len(groups) > 1 else [],
         sections=sections, absent=absent, prompts=prompts, columns_left_out=some, different=differences(groups),
-        accuracies=[panel.title for panel in figures.accuracy_panels(groups) if panel.key == "pass@1"],
+        accuracies=[panel.title for panel in accuracy_panels(groups) if panel.key == "pass@1"],
     )  # fmt: skip
 
 
 def visible(text: Any) -> str:
-    """Any text as a page can hold it: control characters as their pictures, what has none as a question mark in a box."""
+    """Any text as a page can hold it: control characters as their pictures, what has none as U+FFFD."""
 
     def picture(match: re.Match) -> str:
         code = ord(match[0])

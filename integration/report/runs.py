@@ -9,6 +9,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from ..accuracy import bootstrap_interval, pass_at_k, seed_band
 
 Record = dict[str, Any]
 SMOOTHING = 5  # steps in the running mean; the raw values stand behind it
-OWN = ("seed", "name", "runs")  # settings in which the seeds of one configuration differ
+OWN = ("seed", "name", "runs", "overwrite")  # settings in which the seeds of one configuration differ
 PHASES = ("rollout", "verify", "update")
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The objects of a .jsonl file. The last line of a process that was killed may be torn: it is left out; so is a torn
-    line that a resumed run went on behind, with a warning."""
+    """The objects of a .jsonl file. The last line of a process that was killed may be torn: it is left out. So is a
+    torn line that a resumed run went on behind, with a warning."""
     if not path.exists():
         return []
     records = []
@@ -118,12 +119,12 @@ class Run:
         return {r["step"]: r["eval"][data_set] for r in self.records if data_set in (r.get("eval") or {})}
 
     @cached_property
-    def seconds(self) -> dict[int, tuple[float, float]]:
-        """Step -> seconds of training before it and after it, without the evaluations."""
+    def seconds(self) -> dict[int, float]:
+        """Step -> seconds of training when it had been made, without the evaluations."""
         passed, total = {}, 0.0
         for record in self.records:
-            before, total = total, total + step_seconds(record)
-            passed[record["step"]] = (before, total)
+            total += step_seconds(record)
+            passed[record["step"]] = total
         return passed
 
     @cached_property
@@ -180,8 +181,8 @@ def common_name(names: list[str]) -> str:
     """qae-seed0, qae-seed1 -> qae. Of one run its own name."""
     if len(names) == 1:
         return names[0]
-    shared = re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d*$", "", os.path.commonprefix(names))
-    return shared or names[0]
+    shared = [letters[0] for letters in takewhile(lambda x: len(set(x)) == 1, zip(*names, strict=False))]
+    return re.sub(r"[-_. ]*(seed|s)?[-_. ]*\d*$", "", "".join(shared)) or names[0]
 
 
 def differences(groups: list[Group]) -> list[tuple[str, list[str]]]:
@@ -217,7 +218,7 @@ def step_curve(group: Group, key: str, along: str = "steps", smooth: bool = True
     steps = common_steps([values for _, values in seeds])
     if not steps:
         return None
-    x = positions([run for run, _ in seeds], steps, along, after=1)
+    x = positions([run for run, _ in seeds], steps, along)
     raw = np.array([[values[step] for step in steps] for _, values in seeds])
     width = max(SMOOTHING, len(steps) // 50) if smooth else 1
     means = np.array([running_mean(row, width) for row in raw])
@@ -235,7 +236,7 @@ def eval_curve(group: Group, data_set: str, metric: str, along: str = "steps") -
     steps = common_steps([values for _, values in seeds])
     if not steps:
         return None
-    x = positions([run for run, _ in seeds], steps, along, after=0)
+    x = positions([run for run, _ in seeds], steps, along)
     y = np.array([[values[step] for step in steps] for _, values in seeds])
     if len(seeds) > 1:
         mean, low, high, band = seed_band(y)
@@ -271,14 +272,13 @@ def common_steps(series: list[dict[int, Any]]) -> list[int]:
     return sorted(set.intersection(*(set(values) for values in series))) if series else []
 
 
-def positions(runs: list[Run], steps: list[int], along: str, after: int) -> np.ndarray:
-    """Where the points stand: the steps, or the seconds of training that had passed (after = 1: with the step itself),
-    a mean over the runs."""
+def positions(runs: list[Run], steps: list[int], along: str) -> np.ndarray:
+    """Where the points stand: the steps, or the seconds of training that had passed, a mean over the runs."""
     if along == "steps":
         return np.array(steps, float)
     if along != "seconds":
         raise ValueError(f"along must be 'steps' or 'seconds'; got {along!r}")
-    return np.mean([[run.seconds[step][after] for step in steps] for run in runs], 0)
+    return np.mean([[run.seconds[step] for step in steps] for run in runs], 0)
 
 
 def thin(curve: Curve, points: int = 400) -> Curve:

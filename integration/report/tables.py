@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..accuracy import bootstrap_interval
-from .figures import Panel, accuracy_panels, time_split
+from .figures import time_split
+from .panels import Panel, accuracy_panels
 from .runs import Group, common_steps, per_problem, read, step_curve, step_seconds
 
 NAN = float("nan")
@@ -162,8 +163,8 @@ def seed_mean(group: Group, panel: Panel, step: int) -> np.ndarray | None:
 
 
 def problems_of(group: Group, data_set: str) -> list[Any]:
-    """Equal where a data set of this name holds the same problems: a named one always, the held-out part of the training
-    task where the task is the same."""
+    """Equal where a data set of this name holds the same problems: a named one always, the held-out part of the
+    training task where the task is the same."""
     if data_set != "held-out" and not data_set.startswith("gym:"):
         return []
     return [x for key, x in group.runs[0].config.items() if key in PROBLEM_SETTINGS or key.startswith("task.")]
@@ -175,11 +176,12 @@ def members(groups: list[Group]) -> list[dict[str, Any]]:
     panels = [panel for panel in accuracy_panels(groups) if panel.key == "pass@1"]
     for index, group in enumerate(groups):
         for run in group.runs:
+            versions = run.about.get("versions", {}).items()
             rows.append(
                 {
-                    "index": index, "name": str(run.folder), "seed": run.config.get("seed", ""), "steps": len(run.steps),
-                    "planned": run.config.get("steps", ""), "device": run.about.get("device", ""),
-                    "versions": ", ".join(f"{k} {v}" for k, v in run.about.get("versions", {}).items()),
+                    "index": index, "name": str(run.folder), "seed": run.config.get("seed", ""),
+                    "steps": len(run.steps), "planned": run.config.get("steps", ""),
+                    "device": run.about.get("device", ""), "versions": ", ".join(f"{k} {v}" for k, v in versions),
                     "accuracy": [accuracy(Group(run.name, [run]), panel, -1) for panel in panels],
                 }
             )  # fmt: skip
