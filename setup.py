@@ -21,9 +21,9 @@ setup(
     ],
     extras_require={
         "train": [
-            "transformers>=5.0", "datasets>=4.0", "peft", "math-verify>=0.9", "reasoning-gym>=0.1.25", "tyro", "rich",
-            "matplotlib", "jinja2",
-        ],  # fmt: skip
+            *("transformers>=5.0", "datasets>=4.0", "peft", "math-verify>=0.9", "reasoning-gym>=0.1.25"),
+            *("tyro", "rich", "matplotlib", "jinja2"),
+        ],
         "track": ["tensorboard", "wandb", "trackio"],
         "vllm": ["vllm>=0.32"],
         "flash-attn": ["flash-attn"],

@@ -45,6 +45,7 @@ from .rewards import overlong_penalty
 from .rollout import Rollout
 from .run import Run, Stopped
 from .seeds import ORDER, STEP, generator_of, seed_of
+from .trackers import require_trackers
 from .update import Update, recompute_logprobs, update_policy
 from .verify_pool import Verifier
 from .warm_start import warm_start
@@ -53,6 +54,7 @@ from .warm_start import warm_start
 def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     """Runs `config`, or what is left of it, and returns the folder of its results."""
     with ExitStack() as stack:
+        require_trackers(config)
         device = parallel.start(resolve_device(config.device), config)
         stack.callback(parallel.stop)
         progress = progress or Progress(quiet=not parallel.leads())
@@ -200,7 +202,7 @@ def main() -> None:
         sys.exit(130)
     except FloatingPointError as error:
         sys.exit(f"error: {error}. {checkpoint.describe(config.folder / 'checkpoints')}")
-    except (OSError, ValueError, CheckpointError, EngineError) as error:
+    except (OSError, ValueError, ImportError, CheckpointError, EngineError) as error:
         sys.exit(f"error: {error}")
     if parallel.leads():
         report.plot([folder], folder / "figure.png")

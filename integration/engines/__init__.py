@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import TrainConfig
 from ..rollout import Rollout
 
-
 IN_PROCESS = ("sampler", "transformers")
 """These draw from the model itself; the others from a copy."""
 
