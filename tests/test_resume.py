@@ -31,7 +31,8 @@ SMALL = TrainConfig(
 )  # fmt: skip
 FLAGS = [
     "--device", "cpu", "--backend", "torch", "--steps", "8", "--prompts-per-step", "8", "--group-size", "8",
-    "--minibatches", "2", "--epochs", "2", "--max-new-tokens", "16", "--eval-every", "3", "--eval-samples", "2", "--save-every", "1",
+    "--minibatches", "2", "--epochs", "2", "--max-new-tokens", "16", "--eval-every", "3", "--eval-samples",
+    "2", "--save-every", "1",
     "--entropy-target", "0.5", "--dynamic-sampling", "--task.max-terms", "3", "--task.held-out", "8",
     "--learning-rate", "1e-3", "--weight-decay", "0.1", "--trackers", "tensorboard",
 ]  # fmt: skip
