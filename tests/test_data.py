@@ -43,7 +43,9 @@ def cache(tmp_path, monkeypatch):
 
 
 def config(train, evals=(), seed=0, **settings):
-    return TrainConfig(seed=seed, data=DataConfig(train=str(train), evals=tuple(map(str, evals)), **settings))
+    return TrainConfig(
+        init="somewhere", seed=seed, data=DataConfig(train=str(train), evals=tuple(map(str, evals)), **settings)
+    )
 
 
 def write(path, rows):
@@ -284,7 +286,7 @@ def test_another_process_draws_the_same():
 from integration.config import DataConfig, TrainConfig
 from integration.data import open_source
 for name in {names!r}:
-    for problem in open_source(TrainConfig(data=DataConfig(train=name, evals=())), None).take(0, 5)[0]:
+    for problem in open_source(TrainConfig(init="x", data=DataConfig(train=name, evals=())), None).take(0, 5)[0]:
         print(problem.prompt)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
