@@ -24,6 +24,7 @@ from . import parallel
 from .config import TrainConfig
 from .data import Problem, Source
 from .engines import Engine, Sampling
+from .problems import encode
 from .rollout import Rollout, concatenate
 from .seeds import PROMPT, seed_of
 from .verify_pool import Verdict, Verifier
@@ -130,7 +131,7 @@ def draw(
     started = time.perf_counter()
     rollout = None
     if mine:
-        prompts = [tokenizer.encode(problems[i].prompt) for i in mine]
+        prompts = [encode(problems[i], tokenizer, config.data.chat_template) for i in mine]
         rollout = engine.generate(prompts, [seeds[i] for i in mine], sampling)
     sampled = time.perf_counter()
     verdicts = []

@@ -32,6 +32,7 @@ from .accuracy import RESAMPLES, bootstrap_interval, pass_at_k
 from .config import TrainConfig
 from .data import Problem
 from .engines import Engine, Sampling
+from .problems import encode
 from .progress import Progress
 from .seeds import EVALUATION, seed_of
 
@@ -68,7 +69,7 @@ def evaluate(
     mine = parallel.share(list(range(len(problems))))
     for start in range(0, len(mine), size):
         batch = mine[start : start + size]
-        prompts = [tokenizer.encode(problems[i].prompt) for i in batch]
+        prompts = [encode(problems[i], tokenizer, config.data.chat_template) for i in batch]
         rollout = engine.generate(prompts, [seed_of(EVALUATION, seed, i) for i in batch], sampling)
         texts += rollout.texts
         verdicts += verifier.score(rollout.texts, [problems[i] for i in batch for _ in range(count)])

@@ -75,6 +75,11 @@ def hold_out(problems: list[Problem], count: int) -> tuple[list[Problem], list[P
     )
 
 
+def encode(problem: Problem, tokenizer: PreTrainedTokenizerBase, templated: bool) -> list[int]:
+    """Token ids of the prompt; templated: it holds its special tokens already."""
+    return tokenizer.encode(problem.prompt, add_special_tokens=not templated)
+
+
 def render(prompt: Prompt, instruction: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     """The text that the model is given. tokenizer: its chat template is applied; None: the prompt is taken as it is."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]

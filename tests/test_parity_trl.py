@@ -30,7 +30,7 @@ from cases import Batch, Result, make_batch, run
 from conftest import HAS_GPU  # noqa: F401  it switches Triton's interpreter on
 from torch import Tensor
 
-from integration.data import make_tokenizer
+from integration.arithmetic import make_tokenizer
 from qae_kernels import (
     PolicyLossConfig,
     linear_policy_loss,
