@@ -1,5 +1,5 @@
-"""From the runs of experiments.py to docs/experiments.md: one compressed file of their logs, figures, and a page of which
-every number and every verdict is computed from that file.
+"""From the runs of experiments.py to docs/experiments.md: one compressed file of their logs, figures, and a page of
+which every number and every verdict is computed from that file.
 
     python -m integration.experiments_report            the page and figures anew, from what docs/experiments/ holds
 """
@@ -27,6 +27,7 @@ KEPT = (
     "seconds_rollout", "seconds_verify", "seconds_update", "seconds_total", "eval",
 )  # fmt: skip
 ENDS = 5  # steps that "first" and "last" are means of
+EXPLODES, COLLAPSES = 2.0, 0.1  # of the first entropy: above and below these it counts as exploded and as collapsed
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def numbers(folder: Path) -> dict[str, float]:
         return float(np.mean([r[key] for r in steps if r.get(key) is not None]))
 
     return {
+        "pass@1, start": evaluations[0]["pass@1"],
         "pass@1": evaluations[-1]["pass@1"],
         "best pass@1": max(e["pass@1"] for e in evaluations),
         "entropy, first": float(np.mean(entropy[:ENDS])),
@@ -136,3 +138,100 @@ def unpacked(path: Path) -> Iterator[dict[str, Path]]:
             records = "".join(json.dumps(r) + "\n" for r in run["records"])
             (found[run["name"]] / "metrics.jsonl").write_text(records, encoding="utf-8")
         yield found
+
+
+# --- the page
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, the difference that it is about, and the sign that it says the difference has."""
+
+    text: str
+    measured: Measured
+    expected: int
+
+    @property
+    def verdict(self) -> str:
+        if self.measured.sign == self.expected:
+            return "seen"
+        return "not decided" if self.measured.sign == 0 else "the opposite was seen"
+
+    def row(self) -> list[str]:
+        return [self.text, str(self.measured), self.verdict]
+
+
+def claims(cells: Cells) -> list[Claim]:
+    """What the paper says, and what our first throw-away runs had shown, as differences within a seed."""
+    found = []
+    for regime in ("fresh", "stale"):
+        for low, high in (("K=0.2", "K=0.4"), ("K=0.4", "K=0.6"), ("K=0.6", "K=0.8")):
+            text = f"{regime}: the last entropy of {high} is above that of {low}"
+            found.append(Claim(text, difference(cells, regime, high, low, "entropy, last"), 1))
+        text = f"{regime}: K=0.4 ends with a higher pass@1 than the mean"
+        found.append(Claim(text, difference(cells, regime, "K=0.4", "mean", "pass@1"), 1))
+        text = f"{regime}: the peak entropy of the mean is above that of K=0.4"
+        found.append(Claim(text, difference(cells, regime, "mean", "K=0.4", "entropy, peak"), 1))
+        text = f"{regime}: the last entropy of the mean is below that of K=0.4"
+        found.append(Claim(text, difference(cells, regime, "K=0.4", "mean", "entropy, last"), 1))
+        text = f"{regime}: a step of K=0.4 takes less time than one of the mean (s)"
+        found.append(Claim(text, difference(cells, regime, "K=0.4", "mean", "step s"), -1))
+    return found
+
+
+def exploded(run: dict[str, float]) -> bool:
+    return run["entropy, peak"] > EXPLODES * run["entropy, first"]
+
+
+def collapsed(run: dict[str, float]) -> bool:
+    return run["entropy, last"] < COLLAPSES * run["entropy, first"]
+
+
+def fates(cells: Cells) -> str:
+    """Markdown: of how many runs the entropy exploded or collapsed."""
+    rows = [["updates", "baseline", "runs", "exploded", "collapsed", "pass@1 fell"]]
+    for (regime, arm), folders in cells.items():
+        runs = [numbers(folder) for folder in folders]
+        fell = sum(run["pass@1"] < run["pass@1, start"] for run in runs)
+        counts = [len(runs), sum(map(exploded, runs)), sum(map(collapsed, runs)), fell]
+        rows.append([regime, arm, *map(str, counts)])
+    return markdown(rows)
+
+
+FIGURES = {
+    "entropy-and-accuracy": (entropy_and_accuracy, ("mean", "K=0.4"), "entropy and pass@1, as in the paper's figure 1"),
+    "dynamics": (training_dynamics, ("mean", "K=0.4"), "pass@1, pass@n, entropy by sign, share without advantage, as in its figure 5"),
+    "k-sweep": (sweep_of_k, ("K=0.2", "K=0.4", "K=0.6", "K=0.8"), "entropy, accuracy and length for four K, as in its figure 9"),
+}  # fmt: skip
+
+
+def draw(cells: Cells, folder: Path) -> list[str]:
+    """The figures of both regimes; returns Markdown that shows them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for regime in ("fresh", "stale"):
+        for name, (figure, arms, about) in FIGURES.items():
+            path = folder / f"{regime}-{name}.png"
+            figure({arm: cells[regime, arm] for arm in arms}, path)
+            lines.append(f"![{regime}: {about}](figures/experiments/{path.name})")
+    path = folder / "stale-per-second.png"
+    entropy_and_accuracy({arm: cells["stale", arm] for arm in ("mean", "K=0.4")}, path, along="seconds")
+    lines.append(f"![stale: the same over seconds of training](figures/experiments/{path.name})")
+    return lines
+
+
+def page(cells: Cells, images: list[str], about: dict[str, Any]) -> str:
+    """docs/experiments.md."""
+    seeds, steps = len(next(iter(cells.values()))), about["config"]["steps"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    paper = {cell: runs for cell, runs in cells.items() if cell[0] in ("fresh", "stale")}
+    rows = [["claim", "difference within a seed", "verdict"], *(claim.row() for claim in claims(cells))]
+    return TEMPLATE.format(
+        seeds=seeds, steps=steps, versions=versions, table=table(paper), claims=markdown(rows), fates=fates(cells),
+        images="\n\n".join(images), explodes=EXPLODES, collapses=COLLAPSES, ends=ENDS,
+        prompts=about["config"]["prompts_per_step"], group=about["config"]["group_size"],
+        samples=about["config"]["eval_samples"], held_out=about["config"]["task"]["held_out"],
+        rate=about["config"]["learning_rate"], stress=STRESS.format(table=table(
+            {cell: runs for cell, runs in cells.items() if cell not in paper}
+        )) if len(cells) > len(paper) else "",
+    )  # fmt: skip

@@ -67,8 +67,8 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def leads() -> bool:
-    """This is the rank that writes."""
-    return rank_and_world_size()[0] == 0
+    """This is the rank that writes; known before the ranks have met, and after they have parted."""
+    return (dist.get_rank() if distributed() else int(os.environ.get("RANK", 0))) == 0
 
 
 def share(items: list[T]) -> list[T]:

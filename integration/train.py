@@ -68,6 +68,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         optimizer = make_optimizer(model, config)
         k_source = config.k_source()
         run.restore(model, optimizer, k_source)
+        if config.rollout.engine == "vllm":
+            parallel.export(model, tokenizer, run.folder / "start")  # from where the engine loads it
         engine = make_engine(config, model, tokenizer, run.folder / "start")
         stack.callback(engine.close)
 

@@ -16,10 +16,13 @@ from padded import padded_logits
 from small_policy import encode, greedy_tokens, perturb, small_policy, tokens, trainer_logprobs
 from transformers import GenerationConfig
 
-from integration.config import RolloutConfig, TrainConfig
+from integration.config import RolloutConfig, TaskConfig, TrainConfig, WarmStartConfig
 from integration.engines import EngineError, Sampling, make_engine
 from integration.engines.vllm import VLLM
 from integration.engines.vllm_server import VLLMServer
+from integration.progress import Progress
+from integration.report import read
+from integration.train import train
 from qae_kernels import rollout_correction
 
 if importlib.util.find_spec("vllm") is None:
@@ -306,3 +309,19 @@ def test_the_engine_ends_with_a_trainer_that_is_killed(folder, tmp_path):
 def test_an_engine_that_cannot_start_says_why(tmp_path):
     with pytest.raises(EngineError, match="(?s)failed in the start: .*" + str(tmp_path)):
         colocated(tmp_path)
+
+
+def test_the_whole_loop_trains_on_its_responses(tmp_path):
+    """Rollout, update, weights into the engine, evaluation: the policy moves, the mismatch is that of rounding."""
+    config = TrainConfig(
+        runs=tmp_path, name="run", device="cpu", backend="torch", steps=3, prompts_per_step=4, group_size=8,
+        minibatches=2, max_new_tokens=16, eval_every=2, eval_samples=2, learning_rate=3e-3, old_logprobs="recompute",
+        rollout_correction="tis", rollout=RolloutConfig(engine="vllm", timeout=START),
+        task=TaskConfig(max_terms=3, held_out=8),
+        warm_start=WarmStartConfig(steps=150, batch_size=64),
+    )  # fmt: skip
+    records = read(train(config, Progress(quiet=True)))
+    assert [r["step"] for r in records] == [0, 1, 2, 3] and sum(r.get("updates", 0) for r in records) > 0
+    for record in records[1:]:
+        assert record["sampler_entropy"] > 0
+        assert record["updates"] == 0 or record["rollout_mismatch_max"] < 1e-3

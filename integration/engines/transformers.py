@@ -39,6 +39,7 @@ class Transformers(Sampler):
                 ids = model.generate(
                     input_ids=prompt_ids, attention_mask=prompt_mask.long(),
                     logits_processor=LogitsProcessorList([draw]),
+                    synced_gpus=False,  # each rank has the weights whole, and stops when its own responses end
                 )[:, prompt_ids.shape[1] :]  # fmt: skip
         finally:
             model.generation_config = own
