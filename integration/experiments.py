@@ -126,15 +126,18 @@ def configure(base: TrainConfig, regime: str, arm: str, seed: int) -> TrainConfi
     """The run of one regime, baseline and seed."""
     changes = REGIMES[regime] | ARMS[arm]
     rate = changes.pop("learning_rate", 1.0)
-    name = f"{regime}-{arm}-seed{seed}".replace(" ", "_").replace(",", "")
     return replace(
         base,
-        name=name,
+        name=run_name(regime, arm, seed),
         seed=seed,
         init=str(start_folder(base, seed)),
         learning_rate=rate * base.learning_rate,
         **changes,
     )
+
+
+def run_name(regime: str, arm: str, seed: int) -> str:
+    return f"{regime}-{arm}-seed{seed}".replace(" ", "_").replace(",", "")
 
 
 def start_folder(base: TrainConfig, seed: int) -> Path:
@@ -166,7 +169,11 @@ def main() -> None:
     cells = experiments(settings)
     print(experiments_report.table(cells))
     if settings.publish:
-        experiments_report.publish(settings.runs / settings.scale, settings.docs, settings.scale)
+        experiments_report.pack(
+            settings.runs / settings.scale, settings.docs / "experiments" / f"{settings.scale}.jsonl.xz"
+        )
+        if settings.scale == "tiny":
+            experiments_report.publish(settings.docs)
 
 
 if __name__ == "__main__":

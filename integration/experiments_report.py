@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .accuracy import t_quantile
-from .report import entropy_and_accuracy, format_table, read, sweep_of_k, training_dynamics
+from .report import entropy_and_accuracy, read, sweep_of_k, training_dynamics
 
 DOCS = Path(__file__).parent.parent / "docs"
 KEPT = (
@@ -199,39 +199,72 @@ def fates(cells: Cells) -> str:
 
 
 FIGURES = {
-    "entropy-and-accuracy": (entropy_and_accuracy, ("mean", "K=0.4"), "entropy and pass@1, as in the paper's figure 1"),
-    "dynamics": (training_dynamics, ("mean", "K=0.4"), "pass@1, pass@n, entropy by sign, share without advantage, as in its figure 5"),
-    "k-sweep": (sweep_of_k, ("K=0.2", "K=0.4", "K=0.6", "K=0.8"), "entropy, accuracy and length for four K, as in its figure 9"),
-}  # fmt: skip
+    "entropy-and-accuracy": (entropy_and_accuracy, ("mean", "K=0.4")),
+    "dynamics": (training_dynamics, ("mean", "K=0.4")),
+    "k-sweep": (sweep_of_k, ("K=0.2", "K=0.4", "K=0.6", "K=0.8")),
+}
+"""Layouts of the paper's figures 1, 5 and 9."""
 
 
-def draw(cells: Cells, folder: Path) -> list[str]:
-    """The figures of both regimes; returns Markdown that shows them."""
+def draw(cells: Cells, folder: Path) -> None:
+    """The figures of both regimes."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
     for regime in ("fresh", "stale"):
-        for name, (figure, arms, about) in FIGURES.items():
-            path = folder / f"{regime}-{name}.png"
-            figure({arm: cells[regime, arm] for arm in arms}, path)
-            lines.append(f"![{regime}: {about}](figures/experiments/{path.name})")
-    path = folder / "stale-per-second.png"
-    entropy_and_accuracy({arm: cells["stale", arm] for arm in ("mean", "K=0.4")}, path, along="seconds")
-    lines.append(f"![stale: the same over seconds of training](figures/experiments/{path.name})")
-    return lines
+        for name, (figure, arms) in FIGURES.items():
+            figure({arm: cells[regime, arm] for arm in arms}, folder / f"{regime}-{name}.png")
+        pair = {arm: cells[regime, arm] for arm in ("mean", "K=0.4")}
+        entropy_and_accuracy(pair, folder / f"{regime}-per-second.png", along="seconds")
 
 
-def page(cells: Cells, images: list[str], about: dict[str, Any]) -> str:
-    """docs/experiments.md."""
-    seeds, steps = len(next(iter(cells.values()))), about["config"]["steps"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+def blocks(cells: Cells) -> dict[str, str]:
+    """The generated parts of docs/experiments.md, and of the README, by their marks."""
+    about = json.loads((next(iter(cells.values()))[0] / "config.json").read_text(encoding="utf-8"))
+    config, versions = about["config"], about["versions"]
     paper = {cell: runs for cell, runs in cells.items() if cell[0] in ("fresh", "stale")}
-    rows = [["claim", "difference within a seed", "verdict"], *(claim.row() for claim in claims(cells))]
-    return TEMPLATE.format(
-        seeds=seeds, steps=steps, versions=versions, table=table(paper), claims=markdown(rows), fates=fates(cells),
-        images="\n\n".join(images), explodes=EXPLODES, collapses=COLLAPSES, ends=ENDS,
-        prompts=about["config"]["prompts_per_step"], group=about["config"]["group_size"],
-        samples=about["config"]["eval_samples"], held_out=about["config"]["task"]["held_out"],
-        rate=about["config"]["learning_rate"], stress=STRESS.format(table=table(
-            {cell: runs for cell, runs in cells.items() if cell not in paper}
-        )) if len(cells) > len(paper) else "",
-    )  # fmt: skip
+    rest = {cell: runs for cell, runs in cells.items() if cell not in paper}
+    seeds = len(next(iter(cells.values())))
+    setup = (
+        f"{seeds} seeds, {config['steps']} rollouts of {config['prompts_per_step']} prompts with "
+        f"{config['group_size']} responses each, AdamW at {config['learning_rate']:g}, evaluations on "
+        f"{config['data']['held_out'] if config['data']['train'] != 'arithmetic' else config['task']['held_out']} "
+        f"held-out problems with {config['eval_samples']} samples; "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}."
+    )
+    rows = [["claim", "difference", "verdict"], *(claim.row() for claim in claims(paper))]
+    found = {"setup": setup, "table": table(paper), "claims": markdown(rows), "fates": fates(cells)}
+    return found | ({"stress": table(rest)} if rest else {})
+
+
+def fill(path: Path, found: dict[str, str]) -> str:
+    """The text of a page with its generated blocks anew."""
+    text = path.read_text(encoding="utf-8")
+    for name, block in found.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def publish(docs: Path) -> None:
+    """docs/experiments.md and its figures from docs/experiments/tiny.jsonl.xz."""
+    with unpacked(docs / "experiments" / "tiny.jsonl.xz") as runs:
+        cells = cells_of(runs)
+        draw(cells, docs / "figures" / "experiments")
+        (docs / "experiments.md").write_text(fill(docs / "experiments.md", blocks(cells)), encoding="utf-8")
+
+
+def cells_of(runs: dict[str, Path]) -> Cells:
+    """Those of the runs that belong to an experiment, by regime and arm; the seeds that all arms of a regime have."""
+    from .experiments import ARMS, REGIMES, run_name
+
+    cells: Cells = {}
+    for regime in REGIMES:
+        arms = [arm for arm in ARMS if run_name(regime, arm, 0) in runs]
+        seeds = [seed for seed in range(100) if arms and all(run_name(regime, arm, seed) in runs for arm in arms)]
+        cells |= {(regime, arm): [runs[run_name(regime, arm, seed)] for seed in seeds] for arm in arms}
+    return cells
+
+
+if __name__ == "__main__":
+    publish(DOCS)
