@@ -13,6 +13,7 @@ device and on many. In float32 one rank needs none of it, and every function her
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -223,13 +224,17 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 def save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Weights and optimizer states, each rank its part; any other number of ranks can load them."""
-    dcp.save(state_of(model, optimizer), checkpoint_id=folder, no_dist=not distributed())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that one process is alone
+        dcp.save(state_of(model, optimizer), checkpoint_id=folder, no_dist=not distributed())
 
 
 def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Restores, bit by bit, what `save_state` wrote, in place."""
     state = state_of(model, optimizer)
-    dcp.load(state, checkpoint_id=folder, no_dist=not distributed())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(state, checkpoint_id=folder, no_dist=not distributed())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
