@@ -163,6 +163,7 @@ def test_sign_table(backend, device):
     assert_signs(got.advantages, rewards, hard.repeat_interleave(8), mixed(table, device).repeat_interleave(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_tensor", [False, torch.float32, torch.float64], ids=["float", "float32", "float64"])
 def test_rank_where_k_times_size_is_whole(as_tensor, backend, device):
     """Where rounding could go wrong. Distinct rewards 1, 2, ..., G: the baseline is the rank itself."""
@@ -205,6 +206,7 @@ def test_quantile_of_any_rewards(k, backend, device):
     assert got.baseline.tolist() == np.quantile(rewards.numpy(), k, axis=1, method="inverted_cdf").tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [0.2, 0.4, 0.75])
 def test_linear_interpolation_is_that_of_torch(k, backend, device):
     """Bit for bit what verl computes with `torch.quantile`, baseline and advantage, for binary rewards."""
@@ -270,6 +272,7 @@ def test_unshaped_outcomes(backend, device):
 # ---- baselines, scales, groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["std", "batch", "none"])
 @pytest.mark.parametrize("baseline", OTHER_BASELINES)
 def test_other_baselines_against_a_loop(baseline, scale, backend, device):

@@ -38,6 +38,8 @@ from bench.linear_peers import LINEAR_PEERS, LinearProblem
 from bench.peers import LOGITS_PEERS, Problem
 from qae_kernels.fused import policy_loss, token_stats
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 OPTIONS = argparse.Namespace(

@@ -173,6 +173,7 @@ for step in range(1, 10_000):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0.0, 0.013, 0.029])
 def test_killed_while_it_writes_a_checkpoint(tmp_path, after):
     """Whatever the moment, the newest checkpoint is sound and not older than the last that was said to be written."""

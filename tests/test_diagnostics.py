@@ -246,6 +246,7 @@ def of_a_rank(rank, world_size, group, device):
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_are_one_batch(world_size, device):
     """Two ranks; three, of which one has no token: the diagnostics and selections of the whole batch."""

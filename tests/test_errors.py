@@ -293,6 +293,7 @@ def test_config_accepts_its_bounds():
     assert config.eps_low == 0 and PolicyLossConfig(eps_low=1).eps_low == 1
 
 
+@pytest.mark.slow
 def test_triton_needs_a_gpu_or_the_interpreter():
     """On a CPU without TRITON_INTERPRET: a clear error for "triton", and PyTorch for "auto"."""
     code = """

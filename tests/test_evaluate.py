@@ -203,6 +203,7 @@ def evaluated(rank, world_size, group, device):
     return run(make_policy())[:2]
 
 
+@pytest.mark.slow
 def test_ranks_share_the_problems(policy):
     """Two processes: 4 problems and 5, and both know the results of all 9."""
     (metrics, samples), second = run_ranks(evaluated, 2, "cpu")

@@ -19,6 +19,8 @@ from integration.config import VerifyConfig
 from integration.problems import Problem
 from integration.verify_pool import Verifier
 
+pytestmark = pytest.mark.slow
+
 MEGABYTE = 2**20
 TIMEOUT = 1.0  # seconds; math-verify itself takes a few hundredths on what is harmless
 

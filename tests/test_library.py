@@ -22,6 +22,8 @@ from qae_kernels import (
     token_logprobs,
 )
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = library._pack(PRESETS["dapo"])
 
 

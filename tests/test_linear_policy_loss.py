@@ -92,6 +92,7 @@ def test_bias_is_added_in_float32(backend, device):
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_scale_comes_in_time(backend, device):
     """float16, and float16 autocast: gradients that 1 / N makes too small for it, and a loss scale brings back."""
     draw = torch.Generator().manual_seed(0)
@@ -417,6 +418,7 @@ def operator_arguments(case, triton, wanted):
     return (*leaves, *rows, *settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, False, False)])
 def test_operators(wanted, backend, device):
     case = make_head_case(57, device=device, bias=True)
@@ -471,6 +473,7 @@ def test_a_compiled_factor_is_not_rounded(dtype, backend, device):
     assert gradients[0].isfinite().all() and (gradients[1] - gradients[0]).abs().max() <= rounding
 
 
+@pytest.mark.slow
 def test_compiles(backend, device):
     """One graph, forward and backward, the numbers of eager mode."""
     torch._dynamo.reset()

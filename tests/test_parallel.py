@@ -23,6 +23,8 @@ from integration.packing import hidden_states, output_head, pack
 from integration.update import update_policy
 from qae_kernels import group_advantages, linear_token_logprobs
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 BASE = TrainConfig(
     max_tokens=24, backend="torch", learning_rate=1e-2, weight_decay=0.1, warmup_steps=2, max_grad_norm=0.3

@@ -122,6 +122,7 @@ def test_what_a_custom_operator_does_is_counted():
     assert not any("token_logprobs" in name for name in counts.aten)
 
 
+@pytest.mark.slow
 def test_command(monkeypatch, tmp_path, capsys):
     def absent():
         raise ImportError("no such package")

@@ -53,6 +53,7 @@ def test_pytorch_path_passes():
     assert main([*SMALL, "--backend", "torch"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "name", "wrong", "case"),
     [
