@@ -20,7 +20,8 @@ class RunLog:
         if there < length:
             os.close(self._file)
             raise ValueError(f"{path} has {there:,} bytes, but the checkpoint was made when it had {length:,}")
-        os.ftruncate(self._file, length)
+        if there > length:
+            os.ftruncate(self._file, length)
         self.path, self.length = path, length
 
     def write(self, record: dict[str, Any]) -> None:
