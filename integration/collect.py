@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from .problems import encode
 from .rollout import Rollout, concatenate
 from .seeds import PROMPT, seed_of
 from .verify_pool import Verdict, Verifier
+
+SHOWN_REASONS = 3  # different ones, of a step's answers that could not be judged
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Collected:
     groups: Groups  # to train on; of the last round where none is kept
     kept: int  # groups among them that are trained on
     cursor: int  # position in the training problems, after those drawn
-    record: dict[str, float]  # what it took: for the log
+    record: dict[str, Any]  # what it took: for the log
 
 
 def collect(
@@ -92,6 +95,7 @@ def collect(
             break
     everything = torch.cat([x.outcomes for x in rounds]).view(-1, config.group_size)
     count = sum(len(x.problems) for x in kept)
+    complaints = [v.reason for x in rounds for v in x.verdicts if v.reason]
     record = seconds | {
         "reward": everything.mean().item(),
         "rounds": len(rounds),
@@ -100,7 +104,8 @@ def collect(
         "groups_all_right": (everything == 1).all(1).float().mean().item(),
         "groups_all_wrong": (everything == 0).all(1).float().mean().item(),
         "tokens_generated": sum(int(x.rollout.response_mask.sum()) for x in rounds),
-        "verifier_complaints": sum(bool(v.reason) for x in rounds for v in x.verdicts),
+        "verifier_complaints": len(complaints),
+        "verifier_reasons": list(dict.fromkeys(complaints))[:SHOWN_REASONS],
     }
     if count < wanted:
         right, wrong = record["groups_all_right"], record["groups_all_wrong"]

@@ -38,7 +38,8 @@ class Decided:
         for problem in problems:
             i = count.setdefault(problem.answer, 0)
             count[problem.answer] += 1
-            verdicts.append(Verdict(float(self.outcomes(problem.answer)[i]), ""))
+            outcome = float(self.outcomes(problem.answer)[i])
+            verdicts.append(Verdict(outcome, "" if outcome or i else f"no answer to {problem.answer}"))
         return verdicts
 
 
@@ -75,6 +76,8 @@ def test_missing_groups_are_drawn_until_the_step_is_full(engine):
     assert (record["rounds"], record["groups_drawn"], record["groups_kept"]) == (3, 7, 4)
     assert record["groups_all_wrong"] == pytest.approx(3 / 7) and record["groups_all_right"] == 0
     assert record["reward"] == pytest.approx(8 / 21)
+    assert record["verifier_complaints"] == 3
+    assert record["verifier_reasons"] == [f"no answer to {i}" for i in (11, 13, 14)]
 
 
 def test_the_responses_of_the_kept_groups_are_theirs(engine):
