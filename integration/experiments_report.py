@@ -89,9 +89,9 @@ def difference(cells: Cells, regime: str, one: str, other: str, key: str) -> Mea
     return Measured.of([numbers(a)[key] - numbers(b)[key] for a, b in pairs])
 
 
-def table(cells: Cells) -> str:
+def table(cells: Cells, columns: tuple[str, ...] = ()) -> str:
     """Markdown: a row per regime and arm, means over seeds with 95% t intervals."""
-    columns = list(numbers(next(iter(cells.values()))[0]))
+    columns = columns or tuple(numbers(next(iter(cells.values()))[0]))
     rows = [["updates", "baseline", *columns]]
     rows += [[regime, arm, *(str(over_seeds(cells, (regime, arm), c)) for c in columns)] for regime, arm in cells]
     return markdown(rows)
@@ -232,6 +232,8 @@ def blocks(cells: Cells) -> dict[str, str]:
     )
     rows = [["claim", "difference", "verdict"], *(claim.row() for claim in claims(paper))]
     found = {"setup": setup, "table": table(paper), "claims": markdown(rows), "fates": fates(cells)}
+    stale = {cell: runs for cell, runs in cells.items() if cell[0] == "stale"}
+    found["experiments"] = table(stale, ("pass@1", "entropy, peak", "entropy, last", "zero share", "step s"))
     return found | ({"stress": table(rest)} if rest else {})
 
 
@@ -251,7 +253,8 @@ def publish(docs: Path) -> None:
     with unpacked(docs / "experiments" / "tiny.jsonl.xz") as runs:
         cells = cells_of(runs)
         draw(cells, docs / "figures" / "experiments")
-        (docs / "experiments.md").write_text(fill(docs / "experiments.md", blocks(cells)), encoding="utf-8")
+        for page in (docs / "experiments.md", docs.parent / "README.md"):
+            page.write_text(fill(page, blocks(cells)), encoding="utf-8")
 
 
 def cells_of(runs: dict[str, Path]) -> Cells:
