@@ -36,7 +36,7 @@ from .progress import Progress
 from .train import resolve_device, train
 from .warm_start import warm_start
 
-RECIPE = Path(__file__).parent / "recipes" / "qwen3_8b_base.sh"
+RECIPE = Path(__file__).parent / "recipes" / "qwen3_8b_8x80gb.sh"
 MEAN = {"baseline": "mean"}
 ARMS = {"mean": MEAN} | {f"K={k}": {"baseline": "quantile", "k": k} for k in (0.2, 0.4, 0.6, 0.8)}
 REGIMES = {
