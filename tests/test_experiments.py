@@ -18,6 +18,7 @@ from integration.experiments import (
     Settings,
     configure,
     experiments,
+    main,
     run_name,
 )  # fmt: skip
 from integration.report import read
@@ -47,6 +48,13 @@ def test_the_papers_experiments_are_those_of_the_paper():
         assert (config.eps_low, config.eps_high, config.kl_coef) == (0.2, 0.28, 0.0)
     names = [run_name(regime, arm, seed) for regime in REGIMES for arm in ARMS for seed in (0, 1)]
     assert len(set(names)) == len(names) and not any(set(name) & set(" ,/") for name in names)
+
+
+def test_the_papers_own_scale_is_a_recipe(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["experiments", "qae", "--scale", "paper"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert "--init Qwen/Qwen3-8B-Base" in str(stopped.value) and "This scale is a recipe" in str(stopped.value)
 
 
 def test_intervals_by_hand():
