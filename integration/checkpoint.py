@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from . import parallel
 
-PARTIAL = ".partial"
+PARTIAL, DAMAGED = ".partial", ".damaged"
 
 
 class CheckpointError(RuntimeError):
@@ -55,18 +55,17 @@ def save(folder: Path, state: RunState, model: PreTrainedModel, optimizer: torch
     Raises CheckpointError, and leaves the checkpoints that were there, if it does not fit on the disk.
     """
     target, partial = folder / f"step_{state.step:06d}", folder / f"step_{state.step:06d}{PARTIAL}"
-    if parallel.leads():
-        for leftover in folder.glob(f"*{PARTIAL}"):  # of a run that was killed while it wrote
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-    parallel.barrier()
     failure = None
     try:
+        if parallel.leads():
+            for leftover in folder.glob(f"*{PARTIAL}"):  # of a run that was killed while it wrote
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        parallel.barrier()
         parallel.save_state(partial / "state", model, optimizer)
         if parallel.leads():
             (partial / "run.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
             seal(partial)
-            shutil.rmtree(target, ignore_errors=True)  # a damaged one, whose step has been made again
             partial.rename(target)
             to_disk(folder)
             remove_old(folder, keep, state.best)
@@ -92,10 +91,11 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimiz
     One that is damaged is reported and passed over. Raises CheckpointError if all are.
     """
     candidates = complete(folder)
-    for checkpoint in reversed(candidates):
+    for i, checkpoint in reversed(list(enumerate(candidates))):
         damage = find_damage(checkpoint)
         if damage is None:
             parallel.load_state(checkpoint / "state", model, optimizer)
+            put_aside(candidates[i + 1 :])
             return RunState(**json.loads((checkpoint / "run.json").read_text(encoding="utf-8")))
         say(f"{checkpoint} is damaged and not used: {damage}")
     if candidates:
@@ -105,9 +105,17 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimiz
     return None
 
 
+def put_aside(damaged: list[Path]) -> None:
+    """Renamed, to be looked at: they count no more, neither as the newest nor as the best."""
+    if parallel.leads():
+        for checkpoint in damaged:
+            shutil.rmtree(checkpoint.with_suffix(DAMAGED), ignore_errors=True)
+            checkpoint.rename(checkpoint.with_suffix(DAMAGED))
+
+
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints, oldest first; those that were not finished do not count."""
-    return sorted(p for p in folder.glob("step_*") if p.suffix != PARTIAL)
+    """The checkpoints, oldest first; those that were not finished, or put aside, do not count."""
+    return sorted(p for p in folder.glob("step_*") if not p.suffix)
 
 
 def describe(folder: Path) -> str:

@@ -82,39 +82,40 @@ def collect(
     say: Callable[[str], None] = print,
 ) -> Collected:
     """Draws, samples and verifies the groups of one step; `cursor`: where its problems begin."""
-    wanted, rounds, kept = config.prompts_per_step, [], []
+    wanted, kept, outcomes, tokens, complaints = config.prompts_per_step, [], [], 0, []
     seconds = {"seconds_rollout": 0.0, "seconds_verify": 0.0}
     for _ in range(config.max_rounds if config.dynamic_sampling else 1):
         missing = wanted - sum(len(x.problems) for x in kept)
         drawn, cursor = draw(engine, tokenizer, source, verifier, config, cursor, missing, device, seconds)
-        rounds.append(drawn)
+        outcomes.append(drawn.outcomes)
+        tokens += int(drawn.rollout.response_mask.sum())
+        complaints += [v.reason for v in drawn.verdicts if v.reason]
         informative = drawn.informative() if config.dynamic_sampling else torch.ones(missing, dtype=torch.bool)
         if informative.any():
             kept.append(drawn.select(informative.nonzero()[:, 0]))
         if informative.all():
             break
-    everything = torch.cat([x.outcomes for x in rounds]).view(-1, config.group_size)
+    everything = torch.cat(outcomes).view(-1, config.group_size)
     count = sum(len(x.problems) for x in kept)
-    complaints = [v.reason for x in rounds for v in x.verdicts if v.reason]
     record = seconds | {
         "reward": everything.mean().item(),
-        "rounds": len(rounds),
+        "rounds": len(outcomes),
         "groups_drawn": len(everything),
         "groups_kept": count,
         "groups_all_right": (everything == 1).all(1).float().mean().item(),
         "groups_all_wrong": (everything == 0).all(1).float().mean().item(),
-        "tokens_generated": sum(int(x.rollout.response_mask.sum()) for x in rounds),
+        "tokens_generated": tokens,
         "verifier_complaints": len(complaints),
         "verifier_reasons": list(dict.fromkeys(complaints))[:SHOWN_REASONS],
     }
     if count < wanted:
         right, wrong = record["groups_all_right"], record["groups_all_wrong"]
         say(
-            f"dynamic sampling kept {count} of {len(everything)} groups in {len(rounds)} rounds, {wanted} were wanted: "
-            f"{right:.0%} were all right, {wrong:.0%} all wrong. "
+            f"dynamic sampling kept {count} of {len(everything)} groups in {len(outcomes)} rounds, {wanted} were wanted"
+            f": {right:.0%} were all right, {wrong:.0%} all wrong. "
             + ("The step trains on those." if count else "The step makes no update.")
         )
-    return Collected(Groups.joined(kept) if kept else rounds[-1], count, cursor, record)
+    return Collected(Groups.joined(kept) if kept else drawn, count, cursor, record)
 
 
 def draw(

@@ -237,6 +237,22 @@ class TrainConfig:
             raise ValueError(f"temperature must be positive; got {self.temperature}")
         if self.k_end is not None and self.entropy_target is not None:
             raise ValueError("k_end and entropy_target are two ways to set K; expected one of them")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative; got {self.seed}")
+        if self.max_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) must hold a prompt and a response of max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
+        if not 0 <= self.overlong_buffer <= self.max_new_tokens or self.overlong_penalty < 0:
+            raise ValueError(
+                f"overlong_buffer must be in [0, max_new_tokens = {self.max_new_tokens}] and overlong_penalty not "
+                f"negative; got {self.overlong_buffer} and {self.overlong_penalty}"
+            )
+        if not 0 < self.rollout.top_p <= 1:
+            raise ValueError(f"rollout.top_p must be in (0, 1]; got {self.rollout.top_p}")
+        if self.eval_temperature is not None and self.eval_temperature < 0:
+            raise ValueError(f"eval_temperature must not be negative; got {self.eval_temperature}")
         if self.init is None and self.data.train != "arithmetic":
             raise ValueError(f"a model to start from is needed for {self.data.train!r}; got no init")
         if self.rollout_correction != "none" and self.old_logprobs != "recompute":
@@ -246,6 +262,12 @@ class TrainConfig:
             )
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
+        if self.rollout.engine.startswith("vllm") and self.old_logprobs == "sampler":
+            wants = "entropy_target" if self.entropy_target is not None else f"loss {self.loss!r}"
+            if self.entropy_target is not None or LOSSES[self.loss].top_entropy < 1:
+                raise ValueError(
+                    f"{wants} needs entropies, which vLLM does not tell: expected old_logprobs 'recompute'"
+                )
         for name in ("eps_low", "eps_high"):
             if getattr(self, name) is not None and name not in self.loss_config.numbers:
                 raise ValueError(f"loss {self.loss!r} has no clip bounds; got {name} {getattr(self, name)}")

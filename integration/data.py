@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from .config import TrainConfig
-from .problems import TRAINING_SEED, ListSource, Problem, Source, hold_out
+from .problems import SEED_STEP, TRAINING_SEED, ListSource, Problem, Source, hold_out
 
 __all__ = ["HELD_OUT", "Problem", "Source", "open_evals", "open_source"]
 
@@ -26,7 +26,8 @@ GYM = "gym:"
 
 def open_source(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Source:
     """The training problems. Raises ValueError or FileNotFoundError, which say what is wrong with the data."""
-    name, seed = config.data.train, TRAINING_SEED + config.seed
+    # Item i of a reasoning-gym task is drawn from seed + i: neighbouring seeds would have nearly the same problems.
+    name, seed = config.data.train, TRAINING_SEED + SEED_STEP * config.seed
     if name == "arithmetic":
         from .arithmetic import ArithmeticSource, Task
 

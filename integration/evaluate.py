@@ -62,8 +62,9 @@ def evaluate(
     count = config.eval_samples
     temperature = config.temperature if config.eval_temperature is None else config.eval_temperature
     sampling = Sampling(count, config.max_new_tokens, temperature, config.rollout.top_p)
-    # No call of the engine draws more responses than a rollout of the training, which is known to fit.
-    size = max(1, config.prompts_per_step * config.group_size // count)
+    # No call of the engine draws more responses than this rank's share of a rollout in training, which is known to fit.
+    _, world_size = parallel.rank_and_world_size()
+    size = max(1, config.prompts_per_step * config.group_size // (count * world_size))
 
     texts, verdicts, lengths, finished, entropies = [], [], [], [], []
     mine = parallel.share(list(range(len(problems))))
@@ -174,7 +175,7 @@ def training_config(settings: EvaluateConfig) -> TrainConfig:
     return replace(
         base, init=init, eval_samples=settings.samples, eval_temperature=settings.temperature,
         prompts_per_step=max(1, settings.responses_per_call // settings.samples), group_size=settings.samples,
-        minibatches=1, data=replace(base.data, **data),
+        minibatches=1, old_logprobs="recompute", data=replace(base.data, **data),
         rollout=replace(base.rollout, top_p=settings.top_p, **given(engine=settings.engine)),
         verify=replace(base.verify, **given(workers=settings.workers)),
         **given(max_new_tokens=settings.max_new_tokens, device=settings.device),

@@ -113,12 +113,15 @@ def experiments(settings: Settings, base: TrainConfig | None = None) -> dict[tup
     configs = {(*cell, seed): configure(base, *cell, seed) for seed in seeds for cell in cells}
     with ProcessPoolExecutor(scale.at_once, multiprocessing.get_context("spawn")) as pool:
         threads = max(1, (os.cpu_count() or 1) // scale.at_once)
-        starts = [pool.submit(make_start, base, seed, threads) for seed in seeds]
-        for start in starts:
-            start.result()
-        waiting = {pool.submit(run, config, threads): key for key, config in configs.items()}
-        for i, future in enumerate(as_completed(waiting)):
-            progress.say(f"{i + 1}/{len(waiting)}  {future.result()}")
+        try:
+            for start in [pool.submit(make_start, base, seed, threads) for seed in seeds]:
+                start.result()
+            waiting = [pool.submit(run, config, threads) for config in configs.values()]
+            for i, future in enumerate(as_completed(waiting)):
+                progress.say(f"{i + 1}/{len(waiting)}  {future.result()}")
+        except BaseException:  # Ctrl-C too: what has not begun does not begin
+            pool.shutdown(cancel_futures=True)
+            raise
     return {cell: [configs[(*cell, seed)].folder for seed in seeds] for cell in cells}
 
 

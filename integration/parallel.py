@@ -54,8 +54,10 @@ def start(device: torch.device, config: TrainConfig) -> torch.device:
     return device
 
 
-def stop() -> None:
-    if distributed():
+def stop(failure: type[BaseException] | None = None, *_) -> None:
+    """The end of the group; as the exit of a context. After a failure the other ranks may be waiting in a collective,
+    and parting is one itself: the process then ends without, and its launcher ends the others."""
+    if distributed() and (failure is None or dist.get_world_size() == 1):
         dist.destroy_process_group()
 
 

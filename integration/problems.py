@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_SEED = 10_000_019
 TRAINING_SEED = 123_000_000
-"""The seed of a run is added to it."""
+SEED_STEP = 1_000_003
+"""Seed s of a run draws its problems from TRAINING_SEED + SEED_STEP * s."""
 
 Prompt = str | list[dict[str, str]]
 """Text, or chat messages: `[{"role": "user", "content": ...}]`."""

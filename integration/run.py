@@ -23,7 +23,10 @@ from .progress import Progress
 from .run_log import RunLog
 from .trackers import open_trackers
 
-CONTINUABLE = {"runs", "steps", "device", "save_every", "keep", "trackers", "overwrite", "verify"}
+CONTINUABLE = {
+    *("runs", "steps", "device", "save_every", "keep", "trackers", "overwrite", "verify"),
+    *("max_tokens", "activation_checkpointing", "rollout.server", "rollout.timeout", "rollout.gpu_memory"),
+}
 """Settings that may differ where a run is continued; with another value of any other it would be another run."""
 
 
@@ -132,6 +135,12 @@ class Run:
             closable.close()
 
 
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """{"task": {"min_terms": 2}} -> {"task.min_terms": 2}."""
+    inner = {f"{k}.{name}": x for k, v in config.items() if isinstance(v, dict) for name, x in v.items()}
+    return {k: v for k, v in config.items() if not isinstance(v, dict)} | inner
+
+
 def start_folder(config: TrainConfig, device: torch.device) -> None:
     """Creates the folder and its config.json: the whole configuration and what it runs on.
 
@@ -144,10 +153,11 @@ def start_folder(config: TrainConfig, device: torch.device) -> None:
     path = folder / "config.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))["config"]
+        old, new = flat(before), flat(now)
         changed = sorted(
-            f"{name} was {before.get(name)!r} and is {now[name]!r}"
-            for name in now.keys() - CONTINUABLE
-            if before.get(name) != now[name]
+            f"{name} was {old.get(name)!r} and is {new[name]!r}"
+            for name in new
+            if old.get(name) != new[name] and not {name, name.partition(".")[0]} & CONTINUABLE
         )
         if config.lr_schedule != "constant" or config.k_end is not None:  # they depend on where the run ends
             changed += [f"steps was {before['steps']} and is {now['steps']}"] if before["steps"] != now["steps"] else []

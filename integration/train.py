@@ -56,7 +56,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     with ExitStack() as stack:
         require_trackers(config)
         device = parallel.start(resolve_device(config.device), config)
-        stack.callback(parallel.stop)
+        stack.push(parallel.stop)
         progress = progress or Progress(quiet=not parallel.leads())
         run = stack.enter_context(Run(config, device, progress))
         model, tokenizer = open_policy(config, device)
@@ -64,6 +64,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         verifier = stack.enter_context(Verifier(config.verify))
         if config.init is None and not run.begun:
             warm_start(model, tokenizer, config, progress)
+        model.train()  # what transformers loads does not: activations would not be checkpointed, nothing dropped out
         parallel.shard(model, device, config)
         optimizer = make_optimizer(model, config)
         k_source = config.k_source()
@@ -123,7 +124,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             samples, value = [], None
             if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
                 record["eval"], samples = evaluation()
-                value = sum(m["pass@1"] for m in record["eval"].values()) / max(1, len(evals))
+                value = sum(m["pass@1"] for m in record["eval"].values()) / len(evals) if evals else None
             run.log(record, samples)
             progress.show_step(record)
             run.finish_step(model, optimizer, cursor=collected.cursor, k_source=k_source, value=value)

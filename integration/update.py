@@ -32,6 +32,7 @@ from qae_kernels import (
 )
 
 from .config import TrainConfig
+from .engines.sampler import evaluating
 from .packing import Packed, hidden_states, output_head, pack
 from .parallel import as_forward, distributed, rank_and_world_size, whole
 from .rollout import Rollout
@@ -205,10 +206,11 @@ def recompute_logprobs(
         )  # fmt: skip
 
     found = torch.zeros(2, *rollout.logprobs.shape, device=rollout.logprobs.device)  # log-probabilities, entropies
-    for rows in plan.micro_batches[rank]:
-        batch = pack(rollout, rows)
-        for values, into in zip(as_forward(model, partial(statistics, batch)), found, strict=True):
-            batch.put(values, into=into)
+    with evaluating(model):
+        for rows in plan.micro_batches[rank]:
+            batch = pack(rollout, rows)
+            for values, into in zip(as_forward(model, partial(statistics, batch)), found, strict=True):
+                batch.put(values, into=into)
     if distributed():
         dist.all_reduce(found)  # each response is another rank's 0
     logprobs, entropy = found

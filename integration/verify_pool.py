@@ -77,7 +77,8 @@ class Worker:
     def send(self, jobs: Iterable[Job], timeout: float) -> None:
         self.jobs.extend(jobs)
         self.deadline = time.monotonic() + timeout
-        self.connection.send([(job.text, job.answer) for job in self.jobs])
+        with contextlib.suppress(OSError):  # it died a moment ago; `receive` finds out
+            self.connection.send([(job.text, job.answer) for job in self.jobs])
 
     def receive(self, timeout: float) -> tuple[Job, Verdict] | None:
         """The next verdict; None when the worker says that it is ready.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arithmetic import Task, worked_answer
 from .config import TrainConfig
-from .problems import Problem
+from .problems import SEED_STEP, Problem
 from .progress import Progress
 
 WARM_START_SEED = 77_000_000
@@ -40,7 +40,7 @@ def warm_start(
     """Trains `model` in place on the toy task, the only one whose answers are worked out."""
     settings, task = config.warm_start, Task(config.task)
     rng = random.Random(config.seed)
-    problems = task.training_problems(WARM_START_SEED + config.seed)
+    problems = task.training_problems(WARM_START_SEED + SEED_STEP * config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     for step in progress.track(settings.steps, "warm start"):

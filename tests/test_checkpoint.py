@@ -140,6 +140,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, name
     assert_same(loaded, second)
 
 
+def test_a_damaged_checkpoint_takes_no_place(tmp_path):
+    """It is put aside: neither the newest that are kept nor the last good one."""
+    for step in (25, 40):
+        checkpoint.save(tmp_path, RunState(step, best={"step": 25, "value": 1.0}), *policy(), keep=1)
+    damage_flip(tmp_path / "step_000040" / "run.json")
+    state = checkpoint.restore(tmp_path, *policy(), say=lambda _: None)
+    state.step = 30
+    checkpoint.save(tmp_path, state, *policy(), keep=1)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_000025", "step_000030"]
+    assert checkpoint.describe(tmp_path) == f"The last good one is {tmp_path / 'step_000030'}"
+    assert (tmp_path / "step_000040.damaged").is_dir()
+
+
 def test_where_all_are_damaged_nothing_is_guessed(tmp_path):
     checkpoint.save(tmp_path, RunState(1), *policy(), keep=2)
     damage_flip(tmp_path / "step_000001" / "run.json")

@@ -19,7 +19,7 @@ import tyro
 from integration.arithmetic import Task, expression, make_tokenizer, worked_answer
 from integration.config import DataConfig, TaskConfig, TrainConfig
 from integration.data import open_evals, open_source
-from integration.problems import TRAINING_SEED, ListSource, Problem, shuffled
+from integration.problems import SEED_STEP, TRAINING_SEED, ListSource, Problem, shuffled
 from integration.rows import BOXED, PRESETS
 from integration.verifiers import resolve
 
@@ -441,9 +441,10 @@ def test_the_rows_of_the_guide_are_read(tmp_path):
 
 def test_the_toy_task_is_the_sequence_of_its_seed():
     settings = config("arithmetic", seed=4)
-    expected = list(islice(Task(settings.task).training_problems(TRAINING_SEED + 4), 300))
+    expected = list(islice(Task(settings.task).training_problems(TRAINING_SEED + 4 * SEED_STEP), 300))
     assert everything(open_source(settings, TOKENIZER), 300) == expected
-    theirs = reasoning_gym.create_dataset("chain_sum", seed=TRAINING_SEED + 4, size=1, min_terms=2, max_terms=6,
+    seed = TRAINING_SEED + 4 * SEED_STEP
+    theirs = reasoning_gym.create_dataset("chain_sum", seed=seed, size=1, min_terms=2, max_terms=6,
                                           min_digits=1, max_digits=1)[0]  # fmt: skip
     assert expected[0].answer == theirs and expected[0].prompt == expression(expected[0]).replace(" ", "") + "="
 

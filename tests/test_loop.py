@@ -19,6 +19,7 @@ from integration.config import (
     DataConfig,
     LoraConfig,
     ModelConfig,
+    RolloutConfig,
     TaskConfig,
     TrainConfig,
     WarmStartConfig,
@@ -240,6 +241,27 @@ def test_overlong_responses_are_punished_and_the_quantile_does_not_see_it(start,
     assert lengths.max() == pytest.approx(8, abs=1e-4) and lengths.round().sub(lengths).abs().max() < 1e-4
 
 
+def test_layers_are_checkpointed_where_that_is_asked_for(start, tmp_path, monkeypatch):
+    """A model that transformers loads is in evaluation mode, in which its layers keep their activations."""
+    seen, update = [], train.update_policy
+
+    def watched(model, *arguments):
+        calls = []
+        for layer in model.get_decoder().layers:
+            checkpoint = layer._gradient_checkpointing_func
+            monkeypatch.setattr(
+                layer, "_gradient_checkpointing_func", lambda *a, c=checkpoint, **k: calls.append(1) or c(*a, **k)
+            )
+        result = update(model, *arguments)
+        seen.append((result.grad_norm is not None, len(calls)))
+        return result
+
+    monkeypatch.setattr(train, "update_policy", watched)
+    run(start, tmp_path, name="layers", activation_checkpointing=True)
+    assert any(updated for updated, _ in seen)
+    assert all((calls > 0) == updated for updated, calls in seen)
+
+
 def test_a_run_where_nothing_can_be_learnt_makes_no_update(start, tmp_path, monkeypatch):
     """Dynamic sampling, and every answer is wrong: said, logged, and the weights stay."""
     monkeypatch.setattr("integration.verifiers.arithmetic", lambda text, answer: 0.0)
@@ -353,6 +375,19 @@ def test_k_follows_the_entropy(start, tmp_path, target, direction):
         ({"k_end": 1.5}, "k_end must be a number strictly between 0 and 1; got 1.5"),
         ({"eps_low": -0.1}, r"eps_low must be in \[0, 1\]; got -0.1"),
         ({"loss": "sapo", "eps_high": 0.1}, "loss 'sapo' has no clip bounds; got eps_high 0.1"),
+        ({"seed": -1}, "seed must not be negative; got -1"),
+        ({"max_tokens": 16}, r"max_tokens \(16\) must hold a prompt and a response of max_new_tokens \(16\)"),
+        ({"overlong_buffer": 17}, r"overlong_buffer must be in \[0, max_new_tokens = 16\] .*got 17 and 1.0"),
+        ({"overlong_buffer": 4, "overlong_penalty": -1.0}, "overlong_penalty not negative; got 4 and -1.0"),
+        ({"eval_temperature": -0.1}, "eval_temperature must not be negative; got -0.1"),
+        ({"rollout_correction": "tis"}, "expected old_logprobs 'recompute'; got 'sampler'"),
+        ({"data": DataConfig(train="gym:chain_sum")}, "a model to start from is needed for 'gym:chain_sum'"),
+        ({"rollout": RolloutConfig(top_p=0.0)}, r"rollout.top_p must be in \(0, 1\]; got 0.0"),
+        (
+            {"rollout": RolloutConfig(engine="vllm"), "entropy_target": 0.3},
+            "entropy_target needs entropies, which vLLM",
+        ),
+        ({"rollout": RolloutConfig(engine="vllm_server"), "loss": "top_entropy"}, "'top_entropy' needs entropies"),
     ],
 )
 def test_settings_of_loss_and_k_that_are_refused(settings, message):

@@ -152,7 +152,10 @@ def test_ctrl_c_saves_and_exits(start, whole, tmp_path):
 def test_a_changed_configuration_is_refused(start, whole):
     output = Command(start, whole.parent, "--learning-rate", "0.5", "--group-size", "4").finished(1)
     assert "error: " in output and "holds a run of other settings" in output
-    assert "group_size was 8 and is 4; learning_rate was 0.001 and is 0.5" in output
+    assert "group_size was 8 and is 4; learning_rate was 0.001 and is 0.5. Give it another --name" in output
+    flags = ["--max-tokens", "5000", "--rollout.timeout", "9", "--task.max-digits", "2", "--rollout.top-p", "0.5"]
+    output = Command(start, whole.parent, *flags).finished(1)
+    assert "other settings: rollout.top_p was 1.0 and is 0.5; task.max_digits was 1 and is 2. Give" in output
 
 
 def test_more_steps_go_on_where_fewer_ended(start, whole, tmp_path):

@@ -47,7 +47,11 @@ class VLLM:
         self.process = processes.Process(target=serve, args=(theirs, self.device.index), daemon=True)
         self.process.start()
         theirs.close()  # so that the death of the engine closes the pipe
-        self._exchange("the start", engine_options(config, self.device, folder))
+        try:
+            self._exchange("the start", engine_options(config, self.device, folder))
+        except EngineError:
+            self.close()
+            raise
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling) -> Rollout:
         """logprobs are those of the softmax at this temperature (1 if greedy); with top_p < 1, over the tokens within
@@ -127,7 +131,8 @@ def sampling_parameters(seed: int, sampling: Sampling, ends: list[int]) -> dict[
 
 def serve(pipe: Connection, gpu: int | None) -> None:
     """The engine's process. In come options, then (command, *arguments); out go (None, result) or (error, None)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
+    for number in (signal.SIGINT, signal.SIGTERM):  # these are for the trainer, which ends its step first
+        signal.signal(number, signal.SIG_IGN)
     for name in LAUNCHER_VARIABLES:  # of the trainer's ranks; the engine is alone
         os.environ.pop(name, None)
     if gpu is not None:

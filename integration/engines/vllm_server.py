@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import parallel
 from ..config import TrainConfig
-from ..parallel import full_parameters
 from ..rollout import Rollout, assemble
 from . import EngineError, Sampling, check_prompts, end_tokens, under_all_names
 from .vllm import sampling_parameters
@@ -70,20 +70,33 @@ class VLLMServer:
         )  # fmt: skip
 
     def update_weights(self, model: PreTrainedModel) -> None:
-        shutil.rmtree(self.weights, ignore_errors=True)
-        self.weights.mkdir(parents=True)
+        """All ranks take part; the first writes, and has the server read."""
+        leads = parallel.leads()
+        if leads:
+            shutil.rmtree(self.weights, ignore_errors=True)
+            self.weights.mkdir(parents=True)
         # A file for each tensor: no more than one is in this process's memory.
-        for i, (name, tensor) in enumerate(under_all_names(model, full_parameters(model))):
-            save_file({name: tensor.to("cpu", self.dtype).contiguous()}, self.weights / f"{i:05}.safetensors")
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
-        self._request("POST", "/collective_rpc", reload)
-        self._request("POST", "/reset_prefix_cache")  # it holds keys and values of the old policy
+        for i, (name, tensor) in enumerate(under_all_names(model, parallel.full_parameters(model))):
+            if leads:
+                save_file({name: tensor.to("cpu", self.dtype).contiguous()}, self.weights / f"{i:05}.safetensors")
+        failure = None
+        if leads:
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.weights)}}
+            try:
+                self._request("POST", "/collective_rpc", reload)
+                self._request("POST", "/reset_prefix_cache")  # it holds keys and values of the old policy
+            except EngineError as error:
+                failure = str(error)
+        failure = parallel.gather(failure)[0]  # nobody generates before the server has the weights
+        if failure:
+            raise EngineError(failure)
 
     def sleep(self) -> None:
         """Nothing: the server's GPUs are its own."""
 
     def close(self) -> None:
-        shutil.rmtree(self.weights, ignore_errors=True)
+        if parallel.leads():
+            shutil.rmtree(self.weights, ignore_errors=True)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The answer's JSON, or None where it is empty."""
