@@ -92,7 +92,7 @@ class Settings:
     """"all": the first three."""
     scale: Literal["tiny", "small", "paper"] = "tiny"
     seeds: int | None = None
-    """None: what the scale has."""
+    """How many. None: what the scale has."""
     steps: int | None = None
     """Rollouts per run. None: what the scale has."""
     runs: Path = Path("runs/experiments")
@@ -166,7 +166,7 @@ def run(config: TrainConfig, threads: int) -> Path:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, description=__doc__)
+    settings = tyro.cli(Settings, description=__doc__, prog="python -m integration.experiments")
     if settings.scale == "paper":
         sys.exit(f"{RECIPE.read_text(encoding='utf-8')}\nThis scale is a recipe: {RECIPE}")
     cells = experiments(settings)

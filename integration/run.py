@@ -49,7 +49,7 @@ class Run:
         if self.leads:
             start_folder(config, device)
         parallel.barrier()
-        self.begun = bool(checkpoint.complete(self.checkpoints))
+        self.begun = has_begun(config)
         self.logs: dict[str, RunLog] = {}
         self.trackers = []
         self._signal: int | None = None
@@ -135,6 +135,11 @@ class Run:
             closable.close()
 
 
+def has_begun(config: TrainConfig) -> bool:
+    """There is a checkpoint; a start that failed before it leaves nothing that counts."""
+    return bool(checkpoint.complete(config.folder / "checkpoints"))
+
+
 def flat(config: dict[str, Any]) -> dict[str, Any]:
     """{"task": {"min_terms": 2}} -> {"task.min_terms": 2}."""
     inner = {f"{k}.{name}": x for k, v in config.items() if isinstance(v, dict) for name, x in v.items()}
@@ -144,14 +149,14 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 def start_folder(config: TrainConfig, device: torch.device) -> None:
     """Creates the folder and its config.json: the whole configuration and what it runs on.
 
-    Raises ValueError where the folder holds a run of another configuration, and names the differences.
+    Raises ValueError where the folder holds a run of another configuration that has begun, and names the differences.
     """
     folder = config.folder
     if config.overwrite and folder.exists():
         shutil.rmtree(folder)
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     path = folder / "config.json"
-    if path.is_file():
+    if path.is_file() and has_begun(config):
         before = json.loads(path.read_text(encoding="utf-8"))["config"]
         old, new = flat(before), flat(now)
         changed = sorted(
