@@ -175,7 +175,8 @@ def training_config(settings: EvaluateConfig) -> TrainConfig:
     return replace(
         base, init=init, eval_samples=settings.samples, eval_temperature=settings.temperature,
         prompts_per_step=max(1, settings.responses_per_call // settings.samples), group_size=settings.samples,
-        minibatches=1, old_logprobs="recompute", data=replace(base.data, **data),
+        minibatches=1, old_logprobs="recompute", overlong_buffer=0,  # settings of training that others must agree with
+        max_tokens=max(base.max_tokens, 1 + (settings.max_new_tokens or 0)), data=replace(base.data, **data),
         rollout=replace(base.rollout, top_p=settings.top_p, **given(engine=settings.engine)),
         verify=replace(base.verify, **given(workers=settings.workers)),
         **given(max_new_tokens=settings.max_new_tokens, device=settings.device),

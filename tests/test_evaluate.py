@@ -260,7 +260,9 @@ def test_powers_of_two_with_intervals():
 
 def test_settings_of_a_run_are_taken_over(tmp_path):
     """Its data, prompts and lengths; the command line has the last word."""
-    trained = TrainConfig(name="x", runs=tmp_path, max_new_tokens=99, steps=7, trackers=("wandb",), loss="gspo")
+    trained = TrainConfig(
+        name="x", runs=tmp_path, max_new_tokens=99, overlong_buffer=50, steps=7, trackers=("wandb",), loss="gspo"
+    )
     trained = replace(trained, data=replace(trained.data, evals=("gym:chain_sum",), chat_template=True))
     folder = tmp_path / "x"
     write_json({"config": plain(trained)}, folder / "config.json")

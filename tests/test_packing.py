@@ -464,7 +464,7 @@ class Recorder(torch.optim.SGD):
 
 
 def gradients_of_update(model, rollout, advantages, **changes):
-    config = TrainConfig(max_tokens=24, max_grad_norm=1e9, backend="torch", **changes)
+    config = TrainConfig(max_tokens=24, max_new_tokens=16, max_grad_norm=1e9, backend="torch", **changes)
     optimizer = Recorder(model.parameters(), lr=0.0)
     update_policy(model, optimizer, rollout, advantages, torch.arange(len(rollout.lengths)), config)
     return dict(zip(dict(model.named_parameters()), optimizer.seen, strict=True))
@@ -530,7 +530,7 @@ def test_logprobs_are_recomputed_for_responses_with_credit_only():
     model = shared_model(True, torch.float32)
     rollout = shared_rollout(True, torch.float32)
     advantages = group_advantages(REWARDS, GROUP_SIZE, backend="torch")
-    config = TrainConfig(max_tokens=24, temperature=0.7, backend="torch")
+    config = TrainConfig(max_tokens=24, max_new_tokens=16, temperature=0.7, backend="torch")
     entered = []
     hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, ids: entered.append(ids[0].numel()))
     try:
@@ -567,7 +567,7 @@ def test_a_minibatch_of_truncated_responses_changes_nothing():
     model, rollout = qwen(), shared_rollout(True, torch.float32)
     rollout = dataclasses.replace(rollout, finished=torch.zeros(B, dtype=torch.bool))
     advantages = group_advantages(REWARDS, GROUP_SIZE, backend="torch")
-    config = TrainConfig(max_tokens=24, backend="torch", mask_truncated=True)
+    config = TrainConfig(max_tokens=24, max_new_tokens=16, backend="torch", mask_truncated=True)
     update = update_policy(model, Recorder(model.parameters()), rollout, advantages, torch.arange(B), config)
     assert update.grad_norm is None and update.diagnostics.as_dict() == {}
 
@@ -576,7 +576,9 @@ def mismatched_rollout(model):
     """The trainer's log-probabilities known, the sampler's off by up to a factor of 7 either way."""
     rollout = random_rollout(model)
     advantages = group_advantages(REWARDS, GROUP_SIZE, backend="torch")
-    rollout = recompute_logprobs(model, rollout, advantages, TrainConfig(max_tokens=24, backend="torch"))
+    rollout = recompute_logprobs(
+        model, rollout, advantages, TrainConfig(max_tokens=24, max_new_tokens=16, backend="torch")
+    )
     off = torch.tensor([-2.0, -0.5, 0.0, 0.5, 1.0, 2.0])[torch.arange(B * RESPONSE).view(B, RESPONSE) % 6]
     return dataclasses.replace(
         rollout, logprobs=(rollout.old_logprobs - off).masked_fill(~rollout.response_mask, 0)
@@ -612,7 +614,7 @@ def test_entropies_that_the_engine_does_not_tell_are_computed_for_all_responses(
     model, rollout = qwen(), dataclasses.replace(shared_rollout(True, torch.float32), entropy=None)
     advantages = group_advantages(torch.ones(B), GROUP_SIZE, backend="torch")
     assert not advantages.active.any()
-    config = TrainConfig(max_tokens=24, temperature=0.7, backend="torch", loss=loss)
+    config = TrainConfig(max_tokens=24, max_new_tokens=16, temperature=0.7, backend="torch", loss=loss)
     again = recompute_logprobs(model, rollout, advantages, config)
     with torch.no_grad():
         logits, mask = padded_logits(model, rollout, torch.arange(B))
@@ -649,7 +651,7 @@ def one_rank(rank, port, folder):
     results = {str(case): case.sparse(rank, 2) for case in TWO_RANKS}
 
     rollout = shared_rollout(True, torch.float32)
-    config = TrainConfig(max_tokens=24, backend="torch")
+    config = TrainConfig(max_tokens=24, max_new_tokens=16, backend="torch")
     without, some = (group_advantages(rewards, GROUP_SIZE, backend="torch") for rewards in (torch.ones(B), REWARDS))
     for name, advantages in (("no credit", without), ("update", some)):
         model = sharded(qwen())
@@ -695,7 +697,7 @@ def test_two_ranks_update_as_one_does(ranks):
     model, rollout = qwen(), shared_rollout(True, torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     advantages = group_advantages(REWARDS, GROUP_SIZE, backend="torch")
-    config = TrainConfig(max_tokens=24, backend="torch")
+    config = TrainConfig(max_tokens=24, max_new_tokens=16, backend="torch")
     expected = update_policy(model, optimizer, rollout, advantages, torch.arange(B), config).diagnostics.as_dict()
     assert expected["tokens"] > 0 and expected["clip_fraction_high"] > 0
     (stats, weights), (other_stats, other) = (results["update"] for results in ranks)

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 BASE = TrainConfig(
-    max_tokens=24, backend="torch", learning_rate=1e-2, weight_decay=0.1, warmup_steps=2, max_grad_norm=0.3
+    max_tokens=24, max_new_tokens=16, backend="torch", learning_rate=1e-2, weight_decay=0.1, warmup_steps=2,
+    max_grad_norm=0.3,
 )  # fmt: skip
 CASES = {
     "tied": BASE,
