@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,6 +411,7 @@ parallel.stop()
 def test_torchrun_starts_the_ranks(tmp_path):
     (tmp_path / "ranks.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "ranks.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")[:2]) == ["(0, 2) cpu [10] 2.0", "(1, 2) cpu [20] 2.0"]
