@@ -426,13 +426,21 @@ def test_no_process_outlives_its_parent(own, tmp_path, ending):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path)]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(command, env=environment, **quiet) as parent:
-        pid = int(parent.stdout.readline())
-        time.sleep(0.3)
-        assert not gone(pid)
-        parent.send_signal(ending)
-        assert parent.wait(20) != 0
-        wait_until(lambda: gone(pid))
+    with subprocess.Popen(command, env=environment, preexec_fn=heed_interrupts, **quiet) as parent:
+        try:
+            pid = int(parent.stdout.readline())
+            time.sleep(0.3)
+            assert not gone(pid)
+            parent.send_signal(ending)
+            assert parent.wait(20) != 0
+            wait_until(lambda: gone(pid))
+        finally:
+            parent.kill()
+
+
+def heed_interrupts():
+    """Whatever the shell that started the tests in its background had them ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_the_audit_hook_stops_what_changes_the_world(tmp_path):
