@@ -245,7 +245,8 @@ class DifficultyK:
         groups given as ids. Ask before `update`, or the group decides on its own gate once more.
         """
         _ids(prompt_ids)
-        return torch.tensor([self._k_of(prompt) for prompt in prompt_ids], dtype=torch.float32, device=device)
+        ks = torch.tensor([self._k_of(prompt) for prompt in prompt_ids], dtype=torch.float32, device=device)
+        return ks.clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)  # a K so near 0 or 1 that float32 makes it that
 
     def _k_of(self, prompt: str | int) -> float:
         weight, successes = self._history.get(prompt, (0.0, 0.0))

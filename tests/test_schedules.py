@@ -9,7 +9,7 @@ from math import comb
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qae_kernels import DifficultyK, EntropyTargetK, KSchedule, group_advantages
@@ -285,13 +285,17 @@ def test_without_a_prior_the_history_decides_alone():
 
 
 @DRAWN
+@example(5e-236, 0.5, 0.5, 0.0, 1.0, [0.0])
+@example(0.5, 1 - 1e-16, 0.5, 0.0, 1.0, [1.0])
 @given(inside, inside, inside, st.floats(0, 10), st.floats(0.01, 1), st.lists(st.floats(0, 1), max_size=30))
 def test_k_stays_between_its_settings(k_hard, k_easy, k, prior_weight, decay, rates):
     difficulty = DifficultyK(k_hard, k_easy, k=k, prior_weight=prior_weight, decay=decay)
     for rate in rates:
         difficulty.update([0], [rate])
         got = difficulty.k_for([0]).double().item()
-        assert min(k, k_hard, k_easy) * (1 - 1e-7) <= got <= max(k, k_hard, k_easy) * (1 + 1e-7)
+        assert 0 < got < 1
+        smallest = torch.finfo(torch.float32).tiny
+        assert min(k, k_hard, k_easy) * (1 - 1e-7) <= got <= max(smallest, max(k, k_hard, k_easy) * (1 + 1e-7))
 
 
 def test_a_prompt_goes_from_the_prior_to_its_history_and_forgets():
