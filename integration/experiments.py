@@ -45,7 +45,7 @@ REGIMES = {
     "stale, 3 x learning rate": {"epochs": 4, "learning_rate": 3.0},
     "stale, 10 x learning rate": {"epochs": 4, "learning_rate": 10.0},
     "stale, eps_high 0.6": {"epochs": 4, "eps_high": 0.6},
-    "64 updates per rollout": {"epochs": 16},
+    "64 updates per rollout": {"epochs": 16, "steps": 40},
 }
 """Changes of the scale's settings; the learning rate is a factor."""
 EXPERIMENTS = {

@@ -396,22 +396,30 @@ def test_one_process_needs_no_group():
 
 
 SCRIPT = """
-import sys, torch
+import sys
+from pathlib import Path
+
+import torch
+
 from integration import parallel
 from integration.config import TrainConfig
 device = parallel.start(torch.device("cpu"), TrainConfig())
 total = torch.ones(1)
 torch.distributed.all_reduce(total)
-print(parallel.rank_and_world_size(), device, parallel.share([10, 20]), total.item())
+rank, world_size = parallel.rank_and_world_size()
+seen = f"{world_size} {device} {parallel.share([10, 20])} {total.item()}"
+Path(sys.argv[1], f"rank{rank}").write_text(seen)
 parallel.stop()
 """
 
 
 @pytest.mark.slow
 def test_torchrun_starts_the_ranks(tmp_path):
-    (tmp_path / "ranks.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "ranks.py")]
+    script = tmp_path / "ranks.py"
+    script.write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, str(script), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split("\n")[:2]) == ["(0, 2) cpu [10] 2.0", "(1, 2) cpu [20] 2.0"]
+    assert [(tmp_path / f"rank{i}").read_text() for i in range(2)] == ["2 cpu [10] 2.0", "2 cpu [20] 2.0"]
