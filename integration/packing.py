@@ -18,6 +18,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as capped_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
+from qae_kernels.adapters.transformers import output_head
+
 from .rollout import Rollout, positions
 
 PACKED, FLASH = "packed", "flash_attention_2"  # names of attention functions in transformers
@@ -91,26 +93,6 @@ def hidden_states(model: PreTrainedModel, packed: Packed) -> Tensor:
     decoder = model.get_decoder()
     output = decoder(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **attention)
     return output.last_hidden_state[0, packed.predicting]
-
-
-def output_head(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `linear_policy_loss`: weight, bias, and what the family of the model does to its logits."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    if hasattr(head, "modules_to_save"):  # peft's whole copy of the head, which is trained in its place
-        head = head.modules_to_save[head.active_adapters[0]]
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"the head of the model must be a linear layer without an adapter; got {type(head).__name__} in "
-            f"{type(model).__name__}"
-        )
-    multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
-    return {
-        "weight": head.weight,
-        "bias": head.bias,
-        "logit_scale": multiplier / divisor,
-        "logit_softcap": getattr(config, "final_logit_softcapping", None),  # Gemma
-    }
 
 
 @torch.no_grad()

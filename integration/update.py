@@ -30,10 +30,11 @@ from qae_kernels import (
     select_tokens,
     top_entropy_mask,
 )
+from qae_kernels.adapters.transformers import output_head
 
 from .config import TrainConfig
 from .engines.sampler import evaluating
-from .packing import Packed, hidden_states, output_head, pack
+from .packing import Packed, hidden_states, pack
 from .parallel import as_forward, distributed, rank_and_world_size, whole
 from .rollout import Rollout
 

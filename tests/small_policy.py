@@ -4,8 +4,9 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from integration.arithmetic import make_tokenizer
-from integration.packing import hidden_states, output_head, pack
+from integration.packing import hidden_states, pack
 from qae_kernels import linear_token_logprobs
+from qae_kernels.adapters.transformers import output_head
 
 PROMPTS = ["7-0+4=", "1+2=", "9=", "8-3+5-1="]
 

@@ -40,11 +40,12 @@ from transformers import (
 
 from integration import packing
 from integration.config import TrainConfig
-from integration.packing import hidden_states, output_head, pack, use_packed_attention
+from integration.packing import hidden_states, pack, use_packed_attention
 from integration.parallel import shard, whole
 from integration.rollout import Rollout
 from integration.update import policy_gradient, recompute_logprobs, select, update_policy
 from qae_kernels import PRESETS, group_advantages, linear_token_logprobs, plan_credit, token_weights
+from qae_kernels.adapters.transformers import output_head
 from qae_kernels.reference.policy_loss import policy_loss as reference_policy_loss
 from qae_kernels.rows import Rows
 

@@ -21,9 +21,10 @@ from integration.engines import Sampling
 from integration.engines.sampler import Sampler
 from integration.models import add_adapters, new_model
 from integration.optimizer import make_optimizer, set_learning_rate
-from integration.packing import hidden_states, output_head, pack
+from integration.packing import hidden_states, pack
 from integration.update import update_policy
 from qae_kernels import group_advantages, linear_token_logprobs
+from qae_kernels.adapters.transformers import output_head
 
 pytestmark = pytest.mark.slow
 
