@@ -96,13 +96,17 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimiz
         if damage is None:
             parallel.load_state(checkpoint / "state", model, optimizer)
             put_aside(candidates[i + 1 :])
-            return RunState(**json.loads((checkpoint / "run.json").read_text(encoding="utf-8")))
+            return read_state(checkpoint)
         say(f"{checkpoint} is damaged and not used: {damage}")
     if candidates:
         raise CheckpointError(
             f"every checkpoint in {folder} is damaged; start anew with --overwrite, or --name another"
         )
     return None
+
+
+def read_state(checkpoint: Path) -> RunState:
+    return RunState(**json.loads((checkpoint / "run.json").read_text(encoding="utf-8")))
 
 
 def put_aside(damaged: list[Path]) -> None:

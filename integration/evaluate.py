@@ -1,6 +1,7 @@
 """Accuracy on problems that are not trained on: pass@1, the mean over a problem's samples, and pass@k.
 
-    python -m integration.evaluate runs/tiny                        a run: its checkpoint, its data sets, its prompts
+    python -m integration.evaluate runs/tiny                        a run: its model, its data sets, its prompts
+    python -m integration.evaluate runs/tiny --checkpoint best      the best it had, also before it has finished
     python -m integration.evaluate Qwen/Qwen3-8B-Base --data aime-2024 aime-2025 --samples 32 --temperature 0.7
 
 A table is printed; the same numbers with the success count of every problem, the sampling, the versions and a hash of
@@ -14,7 +15,7 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,11 +30,14 @@ import qae_kernels
 
 from . import parallel
 from .accuracy import RESAMPLES, bootstrap_interval, pass_at_k
+from .checkpoint import CheckpointError
 from .config import TrainConfig
 from .data import Problem
 from .engines import Engine, Sampling
+from .export import export_checkpoint
 from .problems import encode
 from .progress import Progress
+from .run import config_of, is_run
 from .seeds import EVALUATION, seed_of
 
 if TYPE_CHECKING:
@@ -121,6 +125,8 @@ class EvaluateConfig:
 
     model: tyro.conf.Positional[str]
     """A run's folder, a model's folder, or a name on the Hugging Face hub."""
+    checkpoint: str | None = None
+    """Of a run: "newest", "best", or a step. None: the model that it left, or the newest where it has not finished."""
     data: tuple[str, ...] | None = None
     """Data sets, e.g. aime-2024 aime-2025 amc-2023; as `data.evals` of a run."""
     samples: int = 32
@@ -152,18 +158,15 @@ class EvaluateConfig:
             raise ValueError(f"temperature must not be negative; got {self.temperature}")
 
 
-def is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
-
-
 def training_config(settings: EvaluateConfig) -> TrainConfig:
     """The run's configuration, or the default one, with what the command line changes."""
-    base, init = TrainConfig(), settings.model
-    if is_run(Path(settings.model)):
-        about = json.loads((Path(settings.model) / "config.json").read_text(encoding="utf-8"))
-        base, init = rebuild(TrainConfig, about["config"]), str(Path(settings.model) / "model")
-        if not Path(init).is_dir():
-            raise FileNotFoundError(f"the run {settings.model} has no {init}: expected a run that has finished")
+    base, init, run = TrainConfig(), settings.model, Path(settings.model)
+    if is_run(run):
+        base = config_of(run)
+        finished = settings.checkpoint is None and (run / "model").is_dir()
+        init = str(run / "model" if finished else export_checkpoint(run, settings.checkpoint or "newest"))
+    elif settings.checkpoint is not None:
+        raise ValueError(f"checkpoint {settings.checkpoint!r} is of a run; {settings.model} is none")
 
     def given(**values: Any) -> dict[str, Any]:
         return {name: x for name, x in values.items() if x is not None}
@@ -181,19 +184,6 @@ def training_config(settings: EvaluateConfig) -> TrainConfig:
         verify=replace(base.verify, **given(workers=settings.workers)),
         **given(max_new_tokens=settings.max_new_tokens, device=settings.device),
     )  # fmt: skip
-
-
-def rebuild(kind: type, values: dict[str, Any]) -> Any:
-    """A configuration from its JSON; what this version does not know is left out."""
-    default, given = kind(), {}
-    for name in {f.name for f in fields(kind)} & set(values):
-        value, usual = values[name], getattr(default, name)
-        if is_dataclass(usual):
-            value = rebuild(type(usual), value)
-        elif isinstance(usual, Path):
-            value = Path(value)
-        given[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**given)
 
 
 def with_intervals(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = tyro.cli(EvaluateConfig, args=arguments, description=__doc__, prog="python -m integration.evaluate")
     try:
         about, out = evaluate_model(settings, Progress())
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     print(f"{format_results(about['results'])}\n")
     print(f"In percent, with 95% intervals: problems drawn anew, {RESAMPLES} times. {out}")

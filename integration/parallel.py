@@ -25,7 +25,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -234,10 +239,21 @@ def save_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opti
 def load_state(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Restores, bit by bit, what `save_state` wrote, in place."""
     state = state_of(model, optimizer)
+    read_into(state, folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """As `load_state`, without an optimizer."""
+    state = {"model": get_model_state_dict(model)}
+    read_into(state, folder)
+    set_model_state_dict(model, state["model"])
+
+
+def read_into(state: dict[str, Any], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         dcp.load(state, checkpoint_id=folder, no_dist=not distributed())
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
 def state_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,3 +184,28 @@ def start_folder(config: TrainConfig, device: torch.device) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+# --- what a run leaves
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def config_of(run: Path) -> TrainConfig:
+    """Raises FileNotFoundError if the folder has no config.json."""
+    return rebuild(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8"))["config"])
+
+
+def rebuild(kind: type, values: dict[str, Any]) -> Any:
+    """A configuration from its JSON; what this version does not know is left out."""
+    default, given = kind(), {}
+    for name in {f.name for f in dataclasses.fields(kind)} & set(values):
+        value, usual = values[name], getattr(default, name)
+        if dataclasses.is_dataclass(usual):
+            value = rebuild(type(usual), value)
+        elif isinstance(usual, Path):
+            value = Path(value)
+        given[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**given)

@@ -23,7 +23,6 @@ from integration.evaluate import (
     evaluate,
     format_results,
     main,
-    rebuild,
     training_config,
     weights_hash,
     with_intervals,
@@ -267,7 +266,7 @@ def test_settings_of_a_run_are_taken_over(tmp_path):
     folder = tmp_path / "x"
     write_json({"config": plain(trained)}, folder / "config.json")
     (folder / "metrics.jsonl").touch()
-    with pytest.raises(FileNotFoundError, match=r"expected a run that has finished"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*: expected the folder of a run that has begun"):
         training_config(EvaluateConfig(model=str(folder)))
     (folder / "model").mkdir()
     config = training_config(EvaluateConfig(model=str(folder), samples=32, responses_per_call=100))
@@ -279,14 +278,11 @@ def test_settings_of_a_run_are_taken_over(tmp_path):
     assert config.data.chat_template
 
 
-def test_a_configuration_comes_back_from_its_json(tmp_path):
-    config = TrainConfig(runs=tmp_path, trackers=("wandb",), k_end=0.5)
-    assert rebuild(TrainConfig, {**plain(config), "of_another_version": 1}) == config
-
-
 def test_a_model_without_a_run(tmp_path):
     config = training_config(EvaluateConfig(model="some/model", data=("aime-2024",)))
     assert (config.init, config.data.evals) == ("some/model", ("aime-2024",))
+    with pytest.raises(ValueError, match="checkpoint 'best' is of a run; some/model is none"):
+        training_config(EvaluateConfig(model="some/model", checkpoint="best"))
 
 
 @pytest.mark.parametrize(("name", "value"), [("samples", 0), ("responses_per_call", 0), ("temperature", -1.0)])
@@ -318,7 +314,7 @@ def test_the_command(policy, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"config": {}}')
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "model").rename(tmp_path / "elsewhere")
-    with pytest.raises(SystemExit, match=r"error: the run .* has no .*model: expected a run that has finished"):
+    with pytest.raises(SystemExit, match=r"error: no checkpoint at .*: expected the folder of a run that has begun"):
         main([str(tmp_path), "--device", "cpu"])
 
 
