@@ -100,7 +100,7 @@ def restore(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimiz
         say(f"{checkpoint} is damaged and not used: {damage}")
     if candidates:
         raise CheckpointError(
-            f"every checkpoint in {folder} is damaged; start anew with --overwrite, or --name another"
+            f"every checkpoint in {folder} is damaged; to start anew delete the run, or --name another"
         )
     return None
 

@@ -124,7 +124,8 @@ class TrainConfig:
     """Results go to `<runs>/<name>/`. The same command continues a run that was stopped there."""
     runs: Path = Path("runs")
     overwrite: bool = False
-    """An earlier run of this name is deleted, not continued."""
+    """An earlier run of this name with other settings is deleted; without this flag it is an error. One with the same
+    settings goes on in any case."""
     init: str | None = None
     """Model to start from: a folder, or a name on the Hugging Face hub. None: a new one and a supervised warm start."""
     seed: int = 0

@@ -17,7 +17,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,16 +32,15 @@ from . import parallel
 from .accuracy import RESAMPLES, bootstrap_interval, pass_at_k
 from .checkpoint import CheckpointError
 from .config import TrainConfig
-from .data import Problem
-from .engines import Engine, Sampling
+from .data import Problem, open_evals
+from .engines import Engine, EngineError, Sampling, make_engine
 from .export import export_checkpoint
+from .models import open_policy
 from .problems import encode
 from .progress import Progress
 from .run import config_of, is_run
 from .seeds import EVALUATION, seed_of
-
-if TYPE_CHECKING:
-    from .verify_pool import Verdict, Verifier
+from .verify_pool import Verdict, Verifier, VerifierError
 
 EVAL_SEED = 1
 SHOWN_PROBLEMS, SHOWN_RESPONSES = 4, 4  # kept as samples to read
@@ -237,15 +236,9 @@ def write_json(value: Any, path: Path) -> None:
 
 def evaluate_model(settings: EvaluateConfig, progress: Progress) -> tuple[dict[str, Any], Path]:
     """(what is known of the evaluation, the JSON file that holds it)."""
-    from .data import open_evals
-    from .engines import make_engine
-    from .models import open_policy
-    from .train import resolve_device
-    from .verify_pool import Verifier
-
     config = training_config(settings)
     here = Path(settings.model) if is_run(Path(settings.model)) else Path()
-    model, tokenizer = open_policy(config, resolve_device(config.device))
+    model, tokenizer = open_policy(config, parallel.resolve_device(config.device))
     model.eval()
     engine, results = make_engine(config, model, tokenizer, Path(config.init)), {}
     try:
@@ -273,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = tyro.cli(EvaluateConfig, args=arguments, description=__doc__, prog="python -m integration.evaluate")
     try:
         about, out = evaluate_model(settings, Progress())
-    except (OSError, ValueError, ImportError, CheckpointError) as error:
+    except (OSError, ValueError, ImportError, CheckpointError, EngineError, VerifierError) as error:
         sys.exit(f"error: {error}")
     print(f"{format_results(about['results'])}\n")
     print(f"In percent, with 95% intervals: problems drawn anew, {RESAMPLES} times. {out}")

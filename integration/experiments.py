@@ -31,9 +31,9 @@ import tyro
 from . import experiments_report
 from .config import PRESETS, ModelConfig, TaskConfig, TrainConfig, WarmStartConfig
 from .models import open_policy
-from .parallel import export
+from .parallel import export, resolve_device
 from .progress import Progress
-from .train import resolve_device, train
+from .train import train
 from .warm_start import warm_start
 
 RECIPE = Path(__file__).parent / "recipes" / "qwen3_8b_8x80gb.sh"

@@ -45,6 +45,17 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)  # ranks wait for the one with the longest responses, or for rank 0's evaluation
 
 
+def resolve_device(name: str) -> torch.device:
+    """ "auto": a GPU if torch finds one. Raises ValueError: a GPU, where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {name!r}, but this torch ({torch.__version__}) finds no GPU; expected 'cpu' or 'auto'"
+        )
+    return torch.device(name)
+
+
 def start(device: torch.device, config: TrainConfig) -> torch.device:
     """Joins the ranks that torchrun's environment tells of; returns the device of this one."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))

@@ -150,11 +150,10 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 def start_folder(config: TrainConfig, device: torch.device) -> None:
     """Creates the folder and its config.json: the whole configuration and what it runs on.
 
-    Raises ValueError where the folder holds a run of another configuration that has begun, and names the differences.
+    Raises ValueError where the folder holds a run of another configuration that has begun, and names the differences;
+    with `overwrite` that run is deleted. One of the same configuration goes on.
     """
     folder = config.folder
-    if config.overwrite and folder.exists():
-        shutil.rmtree(folder)
     now = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     path = folder / "config.json"
     if path.is_file() and has_begun(config):
@@ -167,11 +166,13 @@ def start_folder(config: TrainConfig, device: torch.device) -> None:
         )
         if config.lr_schedule != "constant" or config.k_end is not None:  # they depend on where the run ends
             changed += [f"steps was {before['steps']} and is {now['steps']}"] if before["steps"] != now["steps"] else []
-        if changed:
+        if changed and not config.overwrite:
             raise ValueError(
                 f"{folder} holds a run of other settings: {'; '.join(changed)}. "
                 "Give it another --name, or --overwrite to lose the earlier one"
             )
+        if changed:
+            shutil.rmtree(folder)
     about = {
         "config": now,
         "versions": {

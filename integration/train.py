@@ -47,7 +47,7 @@ from .run import Run, Stopped
 from .seeds import ORDER, STEP, generator_of, seed_of
 from .trackers import require_trackers
 from .update import Update, recompute_logprobs, update_policy
-from .verify_pool import Verifier
+from .verify_pool import Verifier, VerifierError
 from .warm_start import warm_start
 
 
@@ -55,7 +55,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     """Runs `config`, or what is left of it, and returns the folder of its results."""
     with ExitStack() as stack:
         require_trackers(config)
-        device = parallel.start(resolve_device(config.device), config)
+        device = parallel.start(parallel.resolve_device(config.device), config)
         stack.push(parallel.stop)
         progress = progress or Progress(quiet=not parallel.leads())
         run = stack.enter_context(Run(config, device, progress))
@@ -172,16 +172,6 @@ def describe_updates(advantages: Advantages, updates: list[Update]) -> dict[str,
     return {"updates": len(norms), "grad_norm": sum(norms) / max(1, len(norms))} | diagnostics.as_dict()
 
 
-def resolve_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is {name!r}, but this torch ({torch.__version__}) finds no GPU; expected 'cpu' or 'auto'"
-        )
-    return torch.device(name)
-
-
 def parse(arguments: list[str]) -> TrainConfig:
     """Command line to config: the preset's values, changed by the other flags."""
     named, _ = tyro.cli(PresetOnly, args=arguments, return_unknown_args=True, add_help=False)
@@ -205,7 +195,7 @@ def main() -> None:
         sys.exit(130)
     except FloatingPointError as error:
         sys.exit(f"error: {error}. {checkpoint.describe(config.folder / 'checkpoints')}")
-    except (OSError, ValueError, ImportError, CheckpointError, EngineError) as error:
+    except (OSError, ValueError, ImportError, CheckpointError, EngineError, VerifierError) as error:
         sys.exit(f"error: {error}")
     if parallel.leads():
         report.plot([folder], folder / "figure.png")

@@ -34,6 +34,10 @@ BATCH = 8  # answers sent to a process at once; they are judged, timed and repor
 START_TIMEOUT = 120.0  # seconds, for importing what the verifier needs
 
 
+class VerifierError(RuntimeError):
+    """A verifier's process cannot start."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What became of a response."""
@@ -83,12 +87,12 @@ class Worker:
     def receive(self, timeout: float) -> tuple[Job, Verdict] | None:
         """The next verdict; None when the worker says that it is ready.
 
-        Raises EOFError or OSError: it died. ValueError: it talks nonsense. RuntimeError: it cannot load its verifier.
+        Raises EOFError or OSError: it died. ValueError: it talks nonsense. VerifierError: it cannot load its verifier.
         """
         message = json.loads(self.connection.recv_bytes(2**16))
         if not self.ready:
             if message:
-                raise RuntimeError(message)
+                raise VerifierError(message)
             self.ready = True
             return None
         score, reason = message
@@ -129,7 +133,7 @@ class Verifier:
     def score(self, texts: list[str], problems: list[Problem]) -> list[Verdict]:
         """One verdict per response, in their order. problems: those that the responses answer, one for each.
 
-        Raises ValueError: not as many texts as problems, or an unknown verifier. RuntimeError: a verifier whose process
+        Raises ValueError: not as many texts as problems, or an unknown verifier. VerifierError: one whose process
         cannot start.
         """
         if len(texts) != len(problems):
@@ -194,7 +198,7 @@ class Verifier:
         if reason == "died":
             reason = f"the process of the verifier ended: {describe(status)}"
         if not worker.ready:
-            raise RuntimeError(f"verifier {name!r} cannot start: {reason}")
+            raise VerifierError(f"verifier {name!r} cannot start: {reason}")
         if worker.jobs:
             verdicts[worker.jobs.popleft().index] = Verdict(0.0, reason)
             queue.extendleft(reversed(worker.jobs))

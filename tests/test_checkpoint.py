@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_takes_no_place(tmp_path):
 def test_where_all_are_damaged_nothing_is_guessed(tmp_path):
     checkpoint.save(tmp_path, RunState(1), *policy(), keep=2)
     damage_flip(tmp_path / "step_000001" / "run.json")
-    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; start anew with --overwrite"):
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged; to start anew delete the run"):
         checkpoint.restore(tmp_path, *policy(), say=lambda _: None)
 
 

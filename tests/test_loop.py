@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -198,7 +199,8 @@ def assert_close_records(ones, others, **tolerance):
 
 
 def run(start, tmp_path, **changes):
-    config = dataclasses.replace(TINY, init=str(start), runs=tmp_path, overwrite=True, **changes)
+    config = dataclasses.replace(TINY, init=str(start), runs=tmp_path, **changes)
+    shutil.rmtree(config.folder, ignore_errors=True)
     return train.train(config, Progress(quiet=True))
 
 

@@ -158,6 +158,17 @@ def test_a_changed_configuration_is_refused(start, whole):
     assert "other settings: rollout.top_p was 1.0 and is 0.5; task.max_digits was 1 and is 2. Give" in output
 
 
+def test_overwrite_deletes_a_run_of_other_settings_only(start, tmp_path):
+    """The same command, started again with the flag in it, goes on like any other."""
+    Command(start, tmp_path, "--steps", "2", "--k", "0.6").finished()
+    Command(start, tmp_path, "--steps", "2", "--overwrite").finished()
+    records = numbers(tmp_path / "run")
+    assert records[1]["k"] == 0.4 and len(records) == 3
+    Command(start, tmp_path, "--steps", "3", "--overwrite").finished()
+    assert numbers(tmp_path / "run")[1] == records[1] and len(numbers(tmp_path / "run")) == 4
+    assert "run goes on after step 2" in (tmp_path / "output.txt").read_text()
+
+
 def test_more_steps_go_on_where_fewer_ended(start, whole, tmp_path):
     Command(start, tmp_path, "--steps", "5").finished()
     Command(start, tmp_path).finished()

@@ -23,7 +23,7 @@ from integration.arithmetic import Task, make_tokenizer, worked_answer
 from integration.config import TaskConfig, VerifyConfig
 from integration.problems import Problem
 from integration.verifiers import VERIFIERS, arithmetic, exact, judge, require, tagged_answer
-from integration.verify_pool import Verdict, Verifier
+from integration.verify_pool import Verdict, Verifier, VerifierError
 
 ROOT = Path(__file__).parent.parent
 
@@ -359,7 +359,7 @@ def test_no_torch_beside_the_verifiers_of_this_package(built_in):
 def test_a_verifier_that_does_not_load_is_said(own, tmp_path):
     (tmp_path / "broken_verifier.py").write_text("import no_such_module", encoding="utf-8")
     with Verifier(VerifyConfig()) as verifier:
-        with pytest.raises(RuntimeError, match=r"'broken_verifier:score' cannot be loaded: No module named 'no_such"):
+        with pytest.raises(VerifierError, match=r"'broken_verifier:score' cannot be loaded: No module named 'no_such"):
             verifier.score(["yes"], problems("broken_verifier:score", 1))
         assert verifier.score(["yes"], problems(own, 1)) == [Verdict(1.0)]
 
