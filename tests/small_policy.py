@@ -58,3 +58,17 @@ def trainer_logprobs(model, rollout, temperature=1.0):
     logprobs = torch.zeros_like(rollout.logprobs)
     batch.put(values, into=logprobs)
     return logprobs
+
+
+SEEDS = [11, 12, 13, 14]  # of PROMPTS
+
+
+def assert_independent_of_company(sample, prompts):
+    """sample(prompts, seeds): a rollout of groups of 4. A prompt and its seed give the same responses whatever prompts
+    stand beside them."""
+    together, backwards = tokens(sample(prompts, SEEDS)), tokens(sample(prompts[::-1], SEEDS[::-1]))
+    for i, prompt in enumerate(prompts):
+        group = together[4 * i : 4 * i + 4]
+        assert tokens(sample([prompt], [SEEDS[i]])) == group
+        assert backwards[4 * (3 - i) : 4 * (3 - i) + 4] == group
+        assert len({tuple(response) for response in group}) > 1

@@ -77,4 +77,5 @@ arguments=(
     --trackers tensorboard
 )
 
-exec torchrun --standalone --nproc-per-node 8 -m integration.train "${arguments[@]}" "$@"
+# shellcheck disable=SC2086  # TORCHRUN is several words: where the ranks are, if not on this machine
+exec torchrun ${TORCHRUN:---standalone --nproc-per-node 8} -m integration.train "${arguments[@]}" "$@"
