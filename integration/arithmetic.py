@@ -1,4 +1,4 @@
-"""The toy task: reasoning-gym's `chain_sum`, its worked answers, and a tokenizer for it."""
+"""The toy task: reasoning-gym's `chain_sum`, and its worked answers and its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import random
 from collections.abc import Iterator
 
 import reasoning_gym
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from .config import TaskConfig
 from .problems import HELD_OUT_SEED, Problem
+from .tokenizers import symbol_tokenizer
 from .verifiers import ANSWER_MARK
 
 SYMBOLS = "0123456789+-=;" + ANSWER_MARK
-VOCAB_SIZE = 32
+"""All that its prompts and answers are made of."""
 ENDLESS = 10**9  # reasoning-gym generates item i on demand from (seed, i); a size costs nothing
 
 
@@ -86,24 +86,20 @@ def expression(problem: Problem) -> str:
 
 def worked_answer(problem: Problem, rng: random.Random, direct_share: float) -> str:
     """`7-0+4` -> `7-0=7;7+4=11;#11`, or `#11` for a share of the examples."""
-    first, *rest = expression(problem).split()
+    steps, total = worked_steps(expression(problem))
+    return f"{ANSWER_MARK}{total}" if rng.random() < direct_share else f"{steps}{ANSWER_MARK}{total}"
+
+
+def worked_steps(expression: str) -> tuple[str, int]:
+    """`7 - 0 + 4` -> (`7-0=7;7+4=11;`, 11)."""
+    first, *rest = expression.split()
     total, steps = int(first), ""
     for sign, number in zip(rest[::2], rest[1::2], strict=True):
         result = total + int(number) if sign == "+" else total - int(number)
         steps += f"{total}{sign}{number}={result};"
         total = result
-    return f"{ANSWER_MARK}{total}" if rng.random() < direct_share else f"{steps}{ANSWER_MARK}{total}"
+    return steps, total
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per digit and symbol; pads on the left, as generation needs it."""
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *SYMBOLS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("."), behavior="isolated")]
-    )
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    return symbol_tokenizer(SYMBOLS)

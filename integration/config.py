@@ -39,7 +39,8 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised training on worked and direct answers, so that RL starts with some successes and some entropy."""
+    """Supervised training on right answers, so that RL starts with some successes and some entropy: worked and direct
+    ones of "arithmetic", those that reasoning-gym tells of "gym:<task>"."""
 
     steps: int = 250
     batch_size: int = 128
@@ -127,7 +128,8 @@ class TrainConfig:
     """An earlier run of this name with other settings is deleted; without this flag it is an error. One with the same
     settings goes on in any case."""
     init: str | None = None
-    """Model to start from: a folder, or a name on the Hugging Face hub. None: a new one and a supervised warm start."""
+    """Model to start from: a folder, or a name on the Hugging Face hub. None: a new one and a supervised warm start on
+    the training data, which must then be "arithmetic" or "gym:<task>"."""
     seed: int = 0
     device: str = "auto"
     """"auto": the GPU if there is one."""
@@ -254,7 +256,7 @@ class TrainConfig:
             raise ValueError(f"rollout.top_p must be in (0, 1]; got {self.rollout.top_p}")
         if self.eval_temperature is not None and self.eval_temperature < 0:
             raise ValueError(f"eval_temperature must not be negative; got {self.eval_temperature}")
-        if self.init is None and self.data.train != "arithmetic":
+        if self.init is None and self.data.train != "arithmetic" and not self.data.train.startswith("gym:"):
             raise ValueError(f"a model to start from is needed for {self.data.train!r}; got no init")
         if self.rollout_correction != "none" and self.old_logprobs != "recompute":
             raise ValueError(

@@ -24,10 +24,13 @@ HELD_OUT = "held-out"
 GYM = "gym:"
 
 
-def open_source(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Source:
-    """The training problems. Raises ValueError or FileNotFoundError, which say what is wrong with the data."""
+def open_source(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, first: int = TRAINING_SEED) -> Source:
+    """The training problems; of tasks that are generated, others like them where `first` is another seed.
+
+    Raises ValueError or FileNotFoundError, which say what is wrong with the data.
+    """
     # Item i of a reasoning-gym task is drawn from seed + i: neighbouring seeds would have nearly the same problems.
-    name, seed = config.data.train, TRAINING_SEED + SEED_STEP * config.seed
+    name, seed = config.data.train, first + SEED_STEP * config.seed
     if name == "arithmetic":
         from .arithmetic import ArithmeticSource, Task
 

@@ -11,12 +11,13 @@ runs of one seed begin from the same weights, so that baselines are compared wit
 again, and what was stopped goes on. `--publish` puts figures, numbers and the compressed logs into docs/ and writes
 docs/experiments.md.
 
-Scales: "tiny", a Qwen3 of 0.4 M parameters on two CPU cores; "small", 25 M parameters on one GPU; "paper",
-Qwen3-8B-Base on eight: that one is a recipe, which is shown and not started.
+Scales: "tiny", a Qwen3 of 0.4 M parameters on two CPU cores; "small", 25 M parameters on one GPU, six tasks of
+reasoning-gym; "paper", Qwen3-8B-Base on eight GPUs: that one is a recipe, which is shown and not started.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import sys
@@ -29,7 +30,7 @@ import torch
 import tyro
 
 from . import experiments_report
-from .config import PRESETS, ModelConfig, TaskConfig, TrainConfig, WarmStartConfig
+from .config import PRESETS, DataConfig, ModelConfig, TaskConfig, TrainConfig, WarmStartConfig
 from .models import open_policy
 from .parallel import export, resolve_device
 from .progress import Progress
@@ -56,6 +57,20 @@ EXPERIMENTS = {
 }
 
 
+MIXTURE = DataConfig(
+    train="gym:chain_sum+gcd+simple_equations+spell_backward+letter_counting+base_conversion",
+    gym_options=json.dumps(
+        {
+            "chain_sum": {"min_terms": 3, "max_terms": 8, "max_digits": 2},
+            "gcd": {"max_value": 200},
+            "spell_backward": {"max_word_len": 8},
+            "letter_counting": {"max_words": 8},
+            "base_conversion": {"max_value": 200},
+        }
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Scale:
     base: TrainConfig
@@ -73,10 +88,9 @@ SCALES = {
     ),
     "small": Scale(
         replace(
-            PRESETS["tiny"], steps=200, prompts_per_step=64, max_new_tokens=192, max_tokens=65536, learning_rate=3e-5,
-            eval_every=20, save_every=100, keep=1, eval_samples=8,
+            PRESETS["tiny"], steps=200, prompts_per_step=64, max_new_tokens=128, max_tokens=65536, learning_rate=3e-5,
+            eval_every=20, save_every=100, keep=1, eval_samples=8, data=MIXTURE,
             model=ModelConfig(hidden_size=512, layers=8, heads=8, kv_heads=4, head_dim=64, intermediate_size=1536),
-            task=TaskConfig(min_terms=3, max_terms=12, max_digits=3, held_out=256),
             warm_start=WarmStartConfig(steps=1000, learning_rate=1e-3),
         ),
         seeds=3, at_once=1,

@@ -11,10 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers import Qwen3ForCausalLM as Qwen3
 from transformers.utils import logging as transformers_logging
 
-from .arithmetic import VOCAB_SIZE, make_tokenizer
+from .arithmetic import make_tokenizer
 from .config import LoraConfig, ModelConfig, TrainConfig
 from .packing import check_packing
 from .parallel import distributed
+from .tokenizers import byte_tokenizer
+
+SMALLEST_VOCABULARY = 32
 
 transformers_logging.disable_progress_bar()  # ours is the only one
 
@@ -28,7 +31,8 @@ def open_policy(config: TrainConfig, device: torch.device) -> tuple[PreTrainedMo
     Raises FileNotFoundError: nothing of that name. ValueError: a family that `packing` does not know.
     """
     if config.init is None:
-        model, tokenizer = new_model(config.model, config.seed)
+        tokenizer = make_tokenizer() if config.data.train == "arithmetic" else byte_tokenizer()
+        model = new_model(config.model, tokenizer, config.seed)
     else:
         model, tokenizer = load(config.init)
         if tokenizer.pad_token_id is None:
@@ -59,21 +63,19 @@ def require(folder: Path) -> None:
         raise FileNotFoundError(f"no model at {folder}: expected a folder with config.json, weights and tokenizer")
 
 
-def new_model(config: ModelConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A Qwen3 with random weights, and the tokenizer of the arithmetic tasks."""
-    tokenizer = make_tokenizer()
+def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A Qwen3 with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen3(
+        return Qwen3(
             Qwen3Config(
-                vocab_size=VOCAB_SIZE, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.layers, num_attention_heads=config.heads,
-                num_key_value_heads=config.kv_heads, head_dim=config.head_dim, max_position_embeddings=1024,
-                tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-                bos_token_id=None,
+                vocab_size=max(SMALLEST_VOCABULARY, len(tokenizer)), hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size, num_hidden_layers=config.layers,
+                num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, head_dim=config.head_dim,
+                max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
             )
         )  # fmt: skip
-    return model, tokenizer
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, frozen: torch.dtype, seed: int) -> None:

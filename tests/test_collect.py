@@ -48,7 +48,7 @@ MIXED, RIGHT, WRONG = (1, 0, 1), (1, 1, 1), (0, 0, 0)
 
 @pytest.fixture(scope="module")
 def engine():
-    return Sampler(*new_model(ModelConfig(), 0))
+    return Sampler(new_model(ModelConfig(), make_tokenizer(), 0), make_tokenizer())
 
 
 def collected(engine, outcomes, **changes):

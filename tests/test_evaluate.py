@@ -13,7 +13,7 @@ from transformers import Qwen3Config
 from transformers import Qwen3ForCausalLM as Qwen3
 
 from integration.accuracy import bootstrap_interval, pass_at_k, seed_band, t_quantile
-from integration.arithmetic import VOCAB_SIZE, make_tokenizer
+from integration.arithmetic import make_tokenizer
 from integration.config import TrainConfig
 from integration.data import Problem
 from integration.engines import Sampling
@@ -147,7 +147,7 @@ def make_policy():
     tokenizer = make_tokenizer()
     model = Qwen3(
         Qwen3Config(
-            vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1, head_dim=16, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
         )

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from integration import parallel
+from integration.arithmetic import make_tokenizer
 from integration.config import LoraConfig, ModelConfig, TrainConfig
 from integration.engines import Sampling
 from integration.engines.sampler import Sampler
@@ -110,7 +111,8 @@ def tensors(rollout):
 def generation(rank, folder):
     """Each rank decodes its own prompts, one of them oftener and longer than the other; then they train together."""
     config = dataclasses.replace(BASE, activation_checkpointing=True)
-    model, tokenizer = new_model(TINY, 0)
+    tokenizer = make_tokenizer()
+    model = new_model(TINY, tokenizer, 0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     parallel.shard(model, CPU, config)
@@ -138,7 +140,7 @@ def work(folder, rank, world_size, group, device):
     results |= {f"{name}, resumed": resume(name, folder) for name in CASES}
     results["generation"] = generation(rank, folder)
     model, _ = policy("lora, bfloat16")
-    parallel.export(model, new_model(TINY, 0)[1], f"{folder}/lora export")
+    parallel.export(model, make_tokenizer(), f"{folder}/lora export")
     model, optimizer = policy("untied")
     with torch.no_grad():
         model.model.norm.weight.fill_(math.nan)
@@ -302,7 +304,8 @@ def test_a_checkpoint_before_the_first_update_changes_nothing(tmp_path):
 
 
 def test_ranks_generate_without_each_other(ranks):
-    model, tokenizer = new_model(TINY, 0)
+    tokenizer = make_tokenizer()
+    model = new_model(TINY, tokenizer, 0)
     for rank, results in enumerate(ranks):
         got = results["generation"]
         expected = generate(model, tokenizer, PROMPTS[:2] if rank else PROMPTS, 3 if rank else 12)
@@ -314,7 +317,8 @@ def test_ranks_generate_without_each_other(ranks):
 
 
 def test_the_rollouts_of_all_ranks_are_one_on_each(ranks):
-    model, tokenizer = new_model(TINY, 0)
+    tokenizer = make_tokenizer()
+    model = new_model(TINY, tokenizer, 0)
     parts = [generate(model, tokenizer, PROMPTS[:2], 6), generate(model, tokenizer, PROMPTS[2:], 12)]
     expected = parallel.concatenate(parts)
     assert expected.response_ids.shape == (16, 12) and expected.prompt_ids.shape == (16, 4)
@@ -327,11 +331,11 @@ def test_the_rollouts_of_all_ranks_are_one_on_each(ranks):
 
 def test_ranks_generate_from_the_weights_that_they_have_trained(ranks, folder):
     model = AutoModelForCausalLM.from_pretrained(folder / "tied export")
-    expected = generate(model, new_model(TINY, 0)[1], PROMPTS[:1], 8)
+    expected = generate(model, make_tokenizer(), PROMPTS[:1], 8)
     for results in ranks:
         for name, value in tensors(expected).items():
             torch.testing.assert_close(results["generation"]["after"][name], value, rtol=0, atol=1e-5)
-    before, _ = new_model(TINY, 0)
+    before = new_model(TINY, make_tokenizer(), 0)
     assert not torch.equal(before.lm_head.weight, model.lm_head.weight)
 
 
@@ -372,7 +376,8 @@ def test_whole_weights_have_the_names_of_a_checkpoint(name, tmp_path):
 
 
 def test_an_export_opens_as_the_same_model(tmp_path):
-    model, tokenizer = new_model(TINY, 0)
+    tokenizer = make_tokenizer()
+    model = new_model(TINY, tokenizer, 0)
     parallel.export(model, tokenizer, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
