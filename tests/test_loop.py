@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -229,6 +231,18 @@ def test_a_run_writes_what_it_should_and_changes_the_model(start, tmp_path):
 def test_the_same_seed_gives_the_same_run(start, tmp_path):
     a, b, c = (numbers(run(start, tmp_path, name="run", seed=seed)) for seed in (0, 0, 1))
     assert a == b != c
+
+
+def test_the_docs_name_what_is_logged(start, tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "reading-a-run.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- keys -->")[2].partition("<!-- /keys -->")[0]
+    *rows, evaluation = table.strip().splitlines()[2:]
+    named = {key for row in rows for key in re.findall(r"`(\w+)`", row.split("|")[1])} | {"eval"}
+    records = report.read(run(start, tmp_path, name="logged", old_logprobs="recompute"))
+    assert {key for record in records for key in record} == named
+    n = TINY.eval_samples
+    logged = {key.replace(f"pass@{n}", "pass@n") for key in records[0]["eval"]["held-out"]}
+    assert logged == set(re.findall(r"`([\w@]+)`", evaluation.split("|")[2]))
 
 
 def test_overlong_responses_are_punished_and_the_quantile_does_not_see_it(start, tmp_path, monkeypatch):

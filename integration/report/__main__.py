@@ -14,8 +14,8 @@ from .page import write_report
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """One HTML page about runs, and PNGs of its figures beside it. Runs that differ in seed and name only are taken
-    together; the first configuration is what the others are compared with."""
+    """One HTML page about runs, and PNGs of its figures beside it. Runs that differ in seed, name and folder only are
+    taken together; the first configuration is what the others are compared with."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Their folders."""
