@@ -43,10 +43,9 @@ ARMS = {"mean": MEAN} | {f"K={k}": {"baseline": "quantile", "k": k} for k in (0.
 REGIMES = {
     "fresh": {"epochs": 1},
     "stale": {"epochs": 4},
-    "stale, 3 x learning rate": {"epochs": 4, "learning_rate": 3.0},
-    "stale, 10 x learning rate": {"epochs": 4, "learning_rate": 10.0},
-    "stale, eps_high 0.6": {"epochs": 4, "eps_high": 0.6},
     "64 updates per rollout": {"epochs": 16, "steps": 40},
+    "stale, eps_high 0.6": {"epochs": 4, "eps_high": 0.6},
+    "stale, 3 x learning rate": {"epochs": 4, "learning_rate": 3.0},
 }
 """Changes of the scale's settings; the learning rate is a factor."""
 EXPERIMENTS = {
