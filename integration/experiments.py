@@ -47,7 +47,7 @@ REGIMES = {
     "stale, eps_high 0.6": {"epochs": 4, "eps_high": 0.6},
     "stale, 3 x learning rate": {"epochs": 4, "learning_rate": 3.0},
 }
-"""Changes of the scale's settings; the learning rate is a factor."""
+"""Changes of the scale's settings; the learning rate is a factor, steps an upper bound."""
 EXPERIMENTS = {
     "baseline": [(regime, "mean") for regime in ("fresh", "stale")],
     "qae": [(regime, arm) for regime in ("fresh", "stale") for arm in ("mean", "K=0.4")],
@@ -141,13 +141,14 @@ def experiments(settings: Settings, base: TrainConfig | None = None) -> dict[tup
 def configure(base: TrainConfig, regime: str, arm: str, seed: int) -> TrainConfig:
     """The run of one regime, baseline and seed."""
     changes = REGIMES[regime] | ARMS[arm]
-    rate = changes.pop("learning_rate", 1.0)
+    rate, steps = changes.pop("learning_rate", 1.0), changes.pop("steps", base.steps)
     return replace(
         base,
         name=run_name(regime, arm, seed),
         seed=seed,
         init=str(start_folder(base, seed)),
         learning_rate=rate * base.learning_rate,
+        steps=min(steps, base.steps),
         **changes,
     )
 

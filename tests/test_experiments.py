@@ -36,8 +36,11 @@ def test_runs_of_a_seed_differ_in_their_baseline_and_regime_only():
     assert replace(quantile, baseline="mean", name=mean.name) == mean
     assert replace(stale, epochs=1, name=mean.name) == mean and stale.epochs * stale.minibatches == 16
     assert mean.init == quantile.init != configure(base, "fresh", "mean", 4).init
-    faster = configure(base, "stale, 10 x learning rate", "mean", 3)
-    assert faster.learning_rate == pytest.approx(10 * base.learning_rate)
+    faster = configure(base, "stale, 3 x learning rate", "mean", 3)
+    assert faster.learning_rate == pytest.approx(3 * base.learning_rate) and faster.steps == base.steps
+    staler = configure(base, "64 updates per rollout", "mean", 3)
+    assert staler.epochs * staler.minibatches == 64 and staler.steps == 40
+    assert configure(replace(base, steps=2), "64 updates per rollout", "mean", 3).steps == 2
 
 
 def test_the_papers_experiments_are_those_of_the_paper():
@@ -103,6 +106,20 @@ def test_the_committed_file_holds_what_the_page_needs(made, tmp_path):
         found = report.blocks(cells)
         assert found["claims"].count("\n") == 1 + len(report.claims(cells))
         assert found["table"].count("\n") == found["fates"].count("\n") == 1 + len(cells)
+
+
+def test_the_stress_has_claims_of_its_own(made, tmp_path):
+    for arm in ("mean", "K=0.2", "K=0.4", "K=0.8"):
+        for seed in (0, 1):
+            make_run(made / run_name(report.STRESSED, arm, seed), steps=12, seed=seed, init="start", **ARMS[arm])
+    report.pack(made, tmp_path / "packed.xz")
+    with report.unpacked(tmp_path / "packed.xz") as runs:
+        cells = report.cells_of(runs)
+        found = report.blocks(cells)
+        report.draw(cells, tmp_path / "figures")
+    assert found["stress"].count("\n") == 5 and "64 updates per rollout" not in found["table"]
+    assert found["stress_claims"].count("\n") == 5 and "64 updates" not in found["claims"]
+    assert (tmp_path / "figures" / "stress-entropy-and-accuracy.png").is_file()
 
 
 def test_blocks_go_between_their_marks(tmp_path):
