@@ -603,6 +603,22 @@ def test_gradient_checkpointing_changes_nothing(name, layout):
         assert all(torch.equal(found[0][key], x) for key, x in others.items()) and others.keys() == found[0].keys()
 
 
+def test_compiled_layers_change_nothing_and_a_compiled_model_is_refused():
+    model = qwen(tied=False)
+    for layout in ("left", "free"):
+        for layer in model.model.layers:
+            layer._compiled_call_impl = None
+        expected = gradients(model, loss_of(model, layout))
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        assert_same(gradients(model, loss_of(model, layout)), expected, torch.float32)
+    compiled = torch.compile(model, backend="eager")
+    model.compile(backend="eager")
+    for whole in (model, compiled):
+        with pytest.raises(ValueError, match="the whole model is compiled.*; got "):
+            loss_of(whole)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     model = qwen(tied=False)

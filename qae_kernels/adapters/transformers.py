@@ -218,6 +218,11 @@ def in_place_of_the_head(
     if "labels" in model_inputs:
         raise ValueError("labels have no meaning here: say which tokens are trained by mask, such as labels != -100")
     whole, results = unwrapped(model), []
+    if hasattr(whole, "_orig_mod") or whole._compiled_call_impl is not None:
+        raise ValueError(
+            "the forward of the whole model is compiled, so that no hook reaches its head: compile its layers, one by "
+            f"one, instead; got {type(whole).__name__}"
+        )
 
     def at_head(layer: nn.Linear, args: tuple[Tensor, ...]) -> Tensor:
         hidden = args[0]
