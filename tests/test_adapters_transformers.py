@@ -615,7 +615,7 @@ def test_compiled_layers_change_nothing_and_a_compiled_model_is_refused():
     compiled = torch.compile(model, backend="eager")
     model.compile(backend="eager")
     for whole in (model, compiled):
-        with pytest.raises(ValueError, match="the whole model is compiled.*; got "):
+        with pytest.raises(ValueError, match=r"the whole model is compiled.*; got "):
             loss_of(whole)
 
 
