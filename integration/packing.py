@@ -19,6 +19,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward a
 from transformers.utils import is_flash_attn_2_available
 
 from qae_kernels.adapters.transformers import output_head
+from qae_kernels.reference.linear_head import head_logits
 
 from .rollout import Rollout, positions
 
@@ -109,10 +110,8 @@ def check_packing(model: PreTrainedModel) -> None:
         cu_seqlens=torch.tensor([0, *lengths], device=device).cumsum(0), rows=places[:2],
         mask=torch.ones(2, len(places), dtype=torch.bool, device=device),
     )  # fmt: skip
-    head = output_head(model)
-    logits = nn.functional.linear(hidden_states(model, row), head["weight"], head["bias"]).float() * head["logit_scale"]
-    if cap := head["logit_softcap"]:
-        logits = cap * torch.tanh(logits / cap)
+    head = {name: x.float() if isinstance(x, Tensor) else x for name, x in output_head(model).items()}
+    logits = head_logits(hidden_states(model, row).float(), **head)
     padded = model(input_ids=ids[None], use_cache=False).logits[0].float()
     size = expected.abs().max().item()
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05  # of the largest logit

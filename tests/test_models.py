@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from test_packing import SHAPE, family, qwen
+from families import SHAPE, family, qwen
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import integration
