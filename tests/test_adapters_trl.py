@@ -10,25 +10,29 @@ import gc
 import json
 import math
 import os
+import re
 import tempfile
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from integration.arithmetic import make_tokenizer
-from qae_kernels import EntropyTargetK, KSchedule, quantile_advantages
+from qae_kernels import EntropyTargetK, KSchedule, linear_policy_loss, quantile_advantages
 
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from peft import LoraConfig  # noqa: E402
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer, TrlParser  # noqa: E402
 
 import qae_kernels.adapters.trl as adapter  # noqa: E402
 from qae_kernels.adapters.trl import QAEConfig, QAETrainer  # noqa: E402
@@ -452,8 +456,10 @@ def test_eval(tmp_path):
         torch.testing.assert_close(inputs["advantages"], expected)
     assert len(logged(trainer, "eval_entropy")) == len(logged(trainer, "eval_qae/zero_fraction")) == 3
     del settings["quantile_k"]
-    theirs = trained(GRPOTrainer, tmp_path, rewards=graded, **settings)[1]
-    assert_same(trained(QAETrainer, tmp_path, rewards=graded, baseline="mean", **settings)[1], theirs)
+    for loss_type in ("dapo", "grpo"):  # divided by the tokens of everybody, and of each micro-batch
+        settings |= {"loss_type": loss_type, "rewards": graded}
+        theirs = trained(GRPOTrainer, tmp_path, **settings)[1]
+        assert_same(trained(QAETrainer, tmp_path, baseline="mean", **settings)[1], theirs)
 
 
 def logged(trainer, name: str) -> list:
@@ -630,12 +636,36 @@ def train_both(rank: int, world_size: int, group, device: str) -> dict:
                 "inputs": [(completions(x), x["advantages"]) for x in record.inputs], "rows": record.rows,
                 "losses": record.losses, "gradients": record.gradients, "log": trainer.state.log_history,
             }  # fmt: skip
+    result["sharded"] = {head: sharded_error(rank, head) for head in ("with the root", "alone")}
     return result
+
+
+def sharded_error(rank: int, head: str) -> float:
+    """Under FSDP2, every rank with two responses of four: the largest relative error of a gradient to one process."""
+    draw = torch.Generator().manual_seed(3)
+    ids, advantages = torch.randint(2, VOCAB, (4, 8), generator=draw), torch.tensor([1.0, -1, 0, 2])
+
+    def backward(model, rows: slice) -> None:
+        def policy_loss(hidden, **head):
+            given = {"tokens": ids[rows, 3:], "advantages": advantages[rows], "normalizer": 10.0, "backend": "torch"}
+            return linear_policy_loss(hidden[:, 2:-1], **given, **head).loss
+
+        adapter.add_policy_loss(model)
+        model(input_ids=ids[rows], attention_mask=torch.ones_like(ids[rows]), policy_loss=policy_loss).backward()
+
+    whole, model, mesh = make_model(), make_model(), init_device_mesh("cpu", (2,))
+    backward(whole, slice(4))
+    for module in (*model.model.layers, *([model.lm_head] if head == "alone" else []), model):
+        fully_shard(module, mesh=mesh)
+    backward(model, slice(2 * rank, 2 * rank + 2))
+    pairs = zip(model.parameters(), whole.parameters(), strict=True)
+    return max(float((2 * x.grad.full_tensor() - y.grad).abs().max() / y.grad.abs().max()) for x, y in pairs)
 
 
 @pytest.mark.slow
 def test_two_ranks():
     ranks = run_ranks(train_both, 2, "cpu")
+    assert all(error < ROUNDED for result in ranks for error in result["sharded"].values())
     ids = [rollouts(3, 8, seed) for seed in (7, 8)]
     for rank, result in enumerate(ranks):
         theirs, ours = result["Quantiles"], result["QAETrainer"]
@@ -659,6 +689,41 @@ def test_two_ranks():
         assert all(torch.equal(got[name], x) for name, x in expected.items())
     mine, other = mine["log"], other["log"]
     assert [x.get("qae/entropy_positive") for x in mine] == [x.get("qae/entropy_positive") for x in other]
+
+
+# ---- the documentation, the command line
+
+
+def test_the_page(tmp_path):
+    """The example of docs/trl.md, with a model, data and settings of here."""
+    page = (Path(__file__).parent.parent / "docs" / "trl.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    changes = re.search(r"```diff\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    new = [line[1:] for line in changes if line.startswith(("+", " ")) and line.strip("+ ")]
+    assert len(new) < 10 and all(line in example.splitlines() for line in new)
+    old = "\n".join(line[1:] for line in changes if line.startswith(("-", " ")))
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1,
+                "num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 4}  # fmt: skip
+    dataset = datasets.Dataset.from_dict({"prompt": ["1+1=", "2+1="], "answer": ["2", "3"]})
+    names = {"settings": settings, "dataset": dataset, "model": policy_with_tokenizer(tmp_path / "policy")}
+    exec(example, names)
+    assert logged(names["trainer"], "qae/k") == [0.4] and names["trainer"]._outcome == 0
+    exec(old, names)  # what it says that it takes the place of
+    assert type(names["trainer"]) is GRPOTrainer and names["trainer"].state.global_step == 1
+
+
+def policy_with_tokenizer(folder) -> str:
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_command_line(tmp_path):
+    given = {"quantile_k": "0.3", "baseline": "mean", "quantile_k_entropy_target": "0.5", "output_dir": str(tmp_path),
+             "quantile_k_entropy_kwargs": '{"gain": 0.1}', "use_cpu": "true", "bf16": "false"}  # fmt: skip
+    line = [word for name, value in given.items() for word in (f"--{name}", value)]
+    (args,) = TrlParser((QAEConfig,)).parse_args_and_config(line)
+    assert (args.quantile_k, args.baseline, args.quantile_k_entropy_kwargs) == (0.3, "mean", {"gain": 0.1})
 
 
 # ---- generation by the trainer itself

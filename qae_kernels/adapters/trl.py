@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
@@ -214,7 +214,7 @@ def add_policy_loss(model: PreTrainedModel, cast_lm_head_to_fp32: bool = False) 
         if policy_loss is None:
             return plain(*args, labels=labels, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        head = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in output_head(self).items()}
+        head = {name: _whole(x) if isinstance(x, DTensor) else x for name, x in output_head(self).items()}
         precision = nullcontext()
         if cast_lm_head_to_fp32:
             hidden, precision = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
@@ -222,6 +222,11 @@ def add_policy_loss(model: PreTrainedModel, cast_lm_head_to_fp32: bool = False) 
             return policy_loss(hidden, **head)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _whole(x: DTensor) -> Tensor:
+    """Of a weight that FSDP2 shards on its own; its gradient is the mean over the ranks, as FSDP has it."""
+    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
 class QAETrainer(GRPOTrainer):
