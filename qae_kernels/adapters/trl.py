@@ -169,7 +169,7 @@ def _unsupported(args: QAEConfig) -> list[tuple[bool, str]]:
             f"loss_type='cispo' with epsilon_high={args.epsilon_high}: it is the bound of the ratio itself, and must "
             "be at least 1 (ScaleRL takes 5.0)",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def policy_loss_config(args: GRPOConfig) -> PolicyLossConfig:
@@ -250,9 +250,7 @@ class QAETrainer(GRPOTrainer):
             )
         self._outcome = self._find_outcome(args.outcome_reward)
         self._config = policy_loss_config(args)
-        self._drops = (
-            args.entropy_of == "active" and self._config.skips_zero_credit and self._config.scope != "batch"
-        )  # fmt: skip
+        self._drops = args.entropy_of == "active" and self._config.skips_zero_credit and self._config.scope != "batch"
         self._controller = None if args.quantile_k_entropy_target is None else entropy_controller(args)
         self._rewards_per_func: Tensor | None = None
         self._totals: dict[str, Diagnostics] = {}  # by mode, since the last log
