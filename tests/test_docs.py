@@ -52,7 +52,7 @@ def test_generated_blocks_are_current():
     subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, check=True, env={"PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.parametrize("page", (*PAGES, "objectives.md", "transformers.md"))
+@pytest.mark.parametrize("page", (*PAGES, "objectives.md", "transformers.md", "trl.md"))
 def test_files_it_names_exist(page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\(((?!http)[^)#]+)\)", text)
