@@ -28,7 +28,7 @@ $(INSTALLED): setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TRITON)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,peers,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,peers,dev,docs]"
 	touch $@
 
 demo: $(INSTALLED)
