@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -32,11 +33,11 @@ def python(*arguments: object, executable: object = sys.executable, fails: bool 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
     folder, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in listed.stdout.splitlines():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if (ROOT / name).is_file():
-            (folder / name).write_bytes((ROOT / name).read_bytes())
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    for name in ("bench", "docs", "integration", "qae_kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     build = f"import os, setuptools.build_meta as b; os.chdir({str(folder)!r}); b.build_sdist({str(dist)!r})"
     python("-c", build)
     return next(dist.glob("*.tar.gz"))
@@ -87,6 +88,8 @@ def test_version_has_one_place():
 
 def test_extras_resolve(wheel, metadata):
     """By pip's own resolver, without network: against what is installed, which the same extras named."""
+    for name in ("liger_kernel", "mkdocs", "mypy"):
+        pytest.importorskip(name, reason="an environment without all extras")
     wanted = f"{wheel}[{','.join(EXTRAS)}]"
     said = python("-m", "pip", "install", "--dry-run", "--no-index", "--disable-pip-version-check", wanted)
     assert said.strip().splitlines()[-1] == f"Would install qae-kernels-{qae_kernels.__version__}"
