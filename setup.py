@@ -1,18 +1,21 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"$', (here / "qae_kernels/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
 setup(
     name="qae-kernels",
-    version="0.1.0",
+    version=version,
     description="Exact, fused policy updates for RLVR: Quantile Advantage Estimation and the DAPO loss in Triton",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["qae_kernels", "qae_kernels.*"]),
+    package_data={"qae_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.10",
         "numpy",
@@ -36,13 +39,15 @@ setup(
         # trackio brings gradio, 190 MB in all: its test skips itself where it is not installed.
         "dev": [
             *("pytest", "pytest-benchmark", "pytest-xdist", "pytest-cov", "hypothesis", "ruff", "pre-commit"),
-            *("tensorboard", "wandb"),
+            *("tensorboard", "wandb", "mypy", "setuptools>=77"),
         ],
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

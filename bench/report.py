@@ -1,6 +1,6 @@
-"""From bench/results/ to the README's tables and the plots in docs/. No number in them is typed.
+"""From bench/results/ to the tables of the README and docs/memory-and-speed.md, and the plots in docs/. None is typed.
 
-    python -m bench.report            writes the README between its markers, and docs/bench_*.png
+    python -m bench.report            writes both pages between their markers, and docs/bench_*.png
 
 A results file is what `python -m bench --json` writes; `make gpu` leaves several. What was not measured is said to be
 not measured: there are no tables without rows, and no plots without points.
@@ -20,7 +20,8 @@ from .bench_linear import GEMMS
 from .bench_step import DENSE
 from .harness import OURS, ROOT, Row
 
-RESULTS, README, DOCS = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs"
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "memory-and-speed.md")
 # Of `python -m bench.codegen --arch sm_90 --dtype bf16 --peers --json` and `python -m bench.traffic --json`.
 CODEGEN, TRAFFIC = "codegen.json", "traffic.json"
 # Contestant: (its kernels in codegen.json, its name in traffic.json).
@@ -218,9 +219,10 @@ def proofs(folder: Path) -> list[str]:
     return ["\n".join("| " + " | ".join(line) + " |" for line in lines), text]
 
 
-def block(results: list[Row], folder: Path = RESULTS) -> str:
-    """What stands between the README's markers."""
-    parts = proofs(folder) + [f"![{path.stem.replace('_', ' ')}](docs/{path.name})" for path in plots(results)]
+def block(results: list[Row], folder: Path = RESULTS, page: Path = PAGES[0]) -> str:
+    """What stands between the page's markers."""
+    drawn = [path.relative_to(page.parent) for path in plots(results)]
+    parts = proofs(folder) + [f"![{path.stem.replace('_', ' ')}]({path.as_posix()})" for path in drawn]
     if not any(result["about"]["paths"] == ON_GPU for result in results):
         parts.append("GPU: not measured.")
     for result in results:
@@ -323,11 +325,11 @@ def varying(rows: list[Row], key: str) -> list[Row]:
     return points if len({row[key] for row in points}) > 1 else []
 
 
-def with_block(readme: str, text: str) -> str:
-    """The README with `text` between its markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"the README must have {BEGIN} and {END} once each")
-    before, rest = readme.split(BEGIN)
+def with_block(page: str, text: str) -> str:
+    """The page with `text` between its markers."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page must have {BEGIN} and {END} once each")
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
 
 
@@ -339,8 +341,10 @@ def main(arguments: list[str] | None = None) -> None:
     results = load(RESULTS)
     for path, draw in plots(results).items():
         draw(path)
-    README.write_text(with_block(README.read_text(encoding="utf-8"), block(results)), encoding="utf-8")
-    print(f"README.md from {len(results)} results files; plots: {[path.name for path in plots(results)]}")
+    for page in PAGES:
+        page.write_text(with_block(page.read_text(encoding="utf-8"), block(results, page=page)), encoding="utf-8")
+    names = " and ".join(page.name for page in PAGES)
+    print(f"{names} from {len(results)} results files; plots: {[path.name for path in plots(results)]}")
 
 
 if __name__ == "__main__":

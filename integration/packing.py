@@ -161,7 +161,7 @@ def packed_attention(
     for q, k, v in zip(*(x.split(packed_lengths, 2) for x in (query, key, value)), strict=True):
         length, mask = q.shape[2], None
         if sliding_window is not None and sliding_window < length:
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
         outputs.append(attend(module, q, k, v, mask, **settings)[0])
     return torch.cat(outputs, 1), None
 
@@ -176,12 +176,15 @@ def attend(
     softcap: float | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """SDPA; plain operations where scores are capped (Gemma 2), which SDPA does not know. mask: bool; None: causal."""
+    """SDPA; plain operations where scores are capped (Gemma 2), which SDPA does not know.
+
+    mask: bool, [1 or B, 1, rows, columns]; None: causal.
+    """
     if softcap is None:
         return sdpa_attention_forward(module, query, key, value, mask, **settings)
     if mask is None:
         rows, columns = query.shape[2], key.shape[2]
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+        mask = torch.ones(1, 1, rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
     added = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
     added = added.masked_fill(~mask, torch.finfo(query.dtype).min)
     return capped_attention_forward(module, query, key, value, added, softcap=softcap, **settings)

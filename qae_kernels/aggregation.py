@@ -44,7 +44,7 @@ def token_weights(
 
     if mask.dim() == 2:
         tokens_per_response = mask.sum(1)
-        longest = mask.shape[1]
+        longest: Tensor | int = mask.shape[1]
     else:
         if cu_seqlens is None:
             raise ValueError(f"aggregation {mode!r} needs to know the responses: pass [B, T] tensors, or cu_seqlens")
@@ -60,6 +60,7 @@ def token_weights(
         return weights / (longest if loss_scale_factor is None else loss_scale_factor)
     if mode == "seq-mean-token-mean":
         divisor = tokens_per_response.clamp(min=1)
-        divisor = divisor[:, None] if mask.dim() == 2 else spread_to_rows(divisor, cu_seqlens, mask.numel())
-        return weights / divisor
+        if mask.dim() == 2:
+            return weights / divisor[:, None]
+        return weights / spread_to_rows(divisor, cu_seqlens, mask.numel())  # type: ignore[arg-type] # checked above
     raise ValueError(f"unknown aggregation {mode!r}")

@@ -181,11 +181,11 @@ def head(
         )
     if bias is not None:
         shape("bias", bias, weight.shape[:1])
-    for name, value in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
-        if value is None and name == "logit_softcap":
+    for name, factor in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
+        if factor is None and name == "logit_softcap":
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a finite number > 0; got {value!r}")
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise ValueError(f"{name} must be a finite number > 0; got {factor!r}")
     if max_chunk_bytes is not None and (
         isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int) or max_chunk_bytes < 1
     ):
@@ -201,7 +201,7 @@ def group_name(process_group: object) -> str | None:
     return process_group.group_name
 
 
-def process_group(value: object) -> torch.distributed.ProcessGroup | None:
+def process_group(value: torch.distributed.ProcessGroup | None) -> torch.distributed.ProcessGroup | None:
     """The value, which must be a group of this process or None."""
     group_name(value)
     return value
@@ -297,14 +297,18 @@ def boolean(name: str, value: Tensor, rows: torch.Size, cu_seqlens: Tensor | Non
     if value.dtype != torch.bool:
         raise ValueError(f"{name} must be bool; got {value.dtype}")
     allowed = {tuple(rows)}
-    if len(rows) == 2 or cu_seqlens is not None:
-        allowed.add((rows[0] if len(rows) == 2 else cu_seqlens.numel() - 1,))
+    if len(rows) == 2:
+        allowed.add((rows[0],))
+    elif cu_seqlens is not None:
+        allowed.add((cu_seqlens.numel() - 1,))
     if tuple(value.shape) not in allowed:
         raise ValueError(f"{name} must have shape {' or '.join(map(str, sorted(allowed)))}; got {tuple(value.shape)}")
     return value
 
 
-def selected(value: Tensor | None, objective: str, by_selection: tuple[str, ...], rows: torch.Size, device) -> None:
+def selected(
+    value: Tensor | None, objective: str, by_selection: tuple[str, ...], rows: torch.Size, device: torch.device
+) -> None:
     if value is None:
         return
     is_tensor("selected", value)
@@ -333,5 +337,5 @@ def no_double_backward(name: str) -> None:
         raise RuntimeError(f"{name} cannot be differentiated twice: its gradient has no graph (create_graph=True)")
 
 
-def _short(values: list, most: int = 8) -> str:
+def _short(values: list[int], most: int = 8) -> str:
     return str(values) if len(values) <= most else str(values[:most])[:-1] + ", ...]"

@@ -56,10 +56,10 @@ OBJECTIVES: dict[str, Objective] = {}
 
 def objective(
     *, scope: Scope = "token", skips_zero_advantage: bool = True, folds_rollout_weights: bool = False, **ranges: str
-) -> Callable[[Callable], Callable]:
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: the function becomes the objective of its name. ranges: of its own numbers, keys of `RANGES`."""
 
-    def add(function: Callable) -> Callable:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
         numbers = _numbers_of(function)
         OBJECTIVES[function.__name__] = Objective(
             function, numbers, ranges, scope, skips_zero_advantage, folds_rollout_weights, built_in=True
@@ -109,9 +109,9 @@ def register_objective(
     )
 
 
-def _numbers_of(function: Callable) -> dict[str, float | None]:
+def _numbers_of(function: Callable[..., Any]) -> dict[str, float | None]:
     """Keyword-only parameters of an objective with their defaults; None for those that are fields of the config."""
-    numbers = {}
+    numbers: dict[str, float | None] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind != parameter.KEYWORD_ONLY:
             continue
@@ -195,7 +195,7 @@ class PolicyLossConfig:
     top_entropy: float = 1.0
     off_policy_threshold: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("objective", self.objective, tuple(OBJECTIVES))
         one_of("ratio", self.ratio, get_args(Ratio))
         one_of("aggregation", self.aggregation, get_args(Aggregation))
@@ -269,6 +269,9 @@ class PolicyLossConfig:
 
 
 def _number(name: str, value: object, expected: str, otherwise: str = "") -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and -math.inf < value < math.inf and RANGES[expected](value)):  # torch.compile traces no isfinite
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (-math.inf < value < math.inf and RANGES[expected](value))  # torch.compile traces no isfinite
+    ):
         raise ValueError(f"{name} must be {expected}{otherwise}; got {value!r}")

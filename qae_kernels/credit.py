@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -72,7 +73,7 @@ def plan_credit(
     Raises ValueError: wrong shape or dtype; a negative length; a NaN or Inf advantage; max_tokens or world_size below
     1; a response with credit that alone is longer than max_tokens.
     """
-    lengths, prompts, credit = _read(advantages, lengths, prompt_lengths)
+    tokens, prompts, credit = _read(advantages, lengths, prompt_lengths)
     _count("max_tokens", max_tokens)
     _count("world_size", world_size)
     if not isinstance(config, PolicyLossConfig):
@@ -80,7 +81,7 @@ def plan_credit(
 
     costs = {
         b: prompts[b] + length
-        for b, length in enumerate(lengths)
+        for b, length in enumerate(tokens)
         if length and (credit[b] or not config.skips_zero_credit or config.scope == "batch")
     }
     for b, cost in costs.items():
@@ -92,19 +93,19 @@ def plan_credit(
     ranks = _deal(_pack(costs, max_tokens, world_size), world_size)
 
     if config.aggregation == "seq-mean-token-sum-norm" and config.loss_scale_factor is None:
-        config = replace(config, loss_scale_factor=max([1, *lengths]))
+        config = replace(config, loss_scale_factor=max([1, *tokens]))
     if config.aggregation == "token-sum":
         normalizer = 1
     elif config.aggregation == "token-mean":
-        normalizer = sum(lengths)
+        normalizer = sum(tokens)
     else:
-        normalizer = sum(length > 0 for length in lengths)
+        normalizer = sum(length > 0 for length in tokens)
     return CreditPlan(
         responses=_indices(costs),
         micro_batches=tuple(tuple(_indices(micro) for _, micro in micros) for micros in ranks),
         normalizer=max(1, normalizer),
         config=config,
-        tokens=tuple(sum(tokens for tokens, _ in micros) for micros in ranks),
+        tokens=tuple(sum(cost for cost, _ in micros) for micros in ranks),
     )
 
 
@@ -179,5 +180,5 @@ def _deal(micros: list[tuple[int, list[int]]], world_size: int) -> list[list[tup
     return ranks
 
 
-def _indices(responses) -> Tensor:
+def _indices(responses: Iterable[int]) -> Tensor:
     return torch.tensor(sorted(responses), dtype=torch.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ class Diagnostics:
     has: frozenset[str] = frozenset()  # of "loss", "entropy", "zero", "hard", "rollout", "advantages": what is known
 
     @classmethod
-    def empty(cls, device: torch.device | str = "cpu", **known) -> Diagnostics:
+    def empty(cls, device: torch.device | str = "cpu", **known: Any) -> Diagnostics:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
@@ -91,7 +92,7 @@ class Diagnostics:
 
     def metrics(self) -> dict[str, Tensor]:
         """0-dim float64 tensors on the device; `success_histogram` is [10]. Does not wait for the device."""
-        metrics = {}
+        metrics: dict[str, Tensor] = {}
         if "loss" in self.has:
             metrics |= self._of_tokens()
         if "advantages" in self.has:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -22,12 +24,16 @@ from .rows import Rows, row_offsets
 from .vocab_parallel import slice_sizes
 
 BACKENDS = ("auto", "triton", "torch")
+TRITON_INSTALLED = find_spec("triton") is not None
+INSTALL_TRITON = "pip install triton"
 BASELINES = ("quantile", "mean", "leave_one_out", "none", "opo", "passk", "median", "pos_mask", "neg_mask")
 
 
 def _use_triton(backend: str, x: Tensor, *others: Tensor) -> bool:
     """Triton for GPU tensors, and for CPU tensors under TRITON_INTERPRET=1; PyTorch otherwise and for float64."""
     checks.one_of("backend", backend, BACKENDS)
+    if backend == "triton" and not TRITON_INSTALLED:
+        raise ImportError(f"backend='triton' needs Triton; got none installed: {INSTALL_TRITON}, or backend='torch'")
     float64 = any(tensor.dtype == torch.float64 for tensor in (x, *others))
     possible = x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     if backend == "triton":
@@ -38,7 +44,9 @@ def _use_triton(backend: str, x: Tensor, *others: Tensor) -> bool:
         if float64:
             raise ValueError("backend='triton' computes in float32; for float64 pass backend='torch'")
         return True
-    return backend == "auto" and possible and not float64
+    if backend == "auto" and possible and not TRITON_INSTALLED and not torch.compiler.is_compiling():
+        warnings.warn(f"Triton is not installed: PyTorch computes instead. {INSTALL_TRITON}", stacklevel=3)
+    return backend == "auto" and possible and TRITON_INSTALLED and not float64
 
 
 def group_advantages(
@@ -233,8 +241,8 @@ def _rows(
         if value is not None:
             checks.same_device(name, value, device)
     for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
-        if values[name] is not None:
-            checks.shape(name, values[name], shape)
+        if (value := values[name]) is not None:
+            checks.shape(name, value, shape)
     checks.selected(selected, config.objective, SELECTING, shape, device)
     checks.normalizer(normalizer, validate)
     if config.kl_coef != 0 and ref_logprobs is None:
@@ -264,7 +272,7 @@ def _rows(
         return _per_row(x, shape, cu_seqlens)
 
     selected = None if selected is None else selected.clone()
-    return Rows(tokens, weights, *(own(x) for x in values.values()), selected, offsets)
+    return Rows(tokens, weights, *(own(x) for x in values.values()), selected, offsets)  # type: ignore[call-arg,arg-type]
 
 
 def _own(cu_seqlens: Tensor | None) -> Tensor | None:
@@ -276,7 +284,9 @@ def _per_row(x: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
     """[B] -> shape of tokens; what has that shape stays as it is."""
     if x.shape == shape:
         return x
-    return x[:, None].expand(shape) if len(shape) == 2 else spread_to_rows(x, cu_seqlens, shape[0])
+    if len(shape) == 2:
+        return x[:, None].expand(shape)
+    return spread_to_rows(x, cu_seqlens, shape[0])  # type: ignore[arg-type] # checked: given where x is of responses
 
 
 def _diagnose(
@@ -414,15 +424,19 @@ def linear_token_logprobs(
     return logprobs.view(tokens.shape), entropy.view(tokens.shape)
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """As autocast would have it for a matrix product; differentiable. float16 is computed in float32: not cast to."""
-    device = tensors[0].device.type
+    device = hidden.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     if dtype == torch.float16:
-        return tensors
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+        return hidden, weight, bias
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
 def qae_dapo_loss(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +15,20 @@ from .diagnostics import SUCCESS_BINS, Diagnostics
 RATE_SLACK = 1e-6  # less than one response of any group, and more than float32 loses of a rate or of k
 
 
-def lazy(method: Callable) -> property:
-    """`functools.cached_property`, without the lock that `torch.compile` cannot trace."""
+if TYPE_CHECKING:
+    lazy = property  # whose type is that of the method's result
+else:
 
-    @wraps(method)
-    def get(self):
-        if method.__name__ not in self._computed:
-            self._computed[method.__name__] = method(self)
-        return self._computed[method.__name__]
+    def lazy(method: Callable) -> property:
+        """`functools.cached_property`, without the lock that `torch.compile` cannot trace."""
 
-    return property(get)
+        @wraps(method)
+        def get(self):
+            if method.__name__ not in self._computed:
+                self._computed[method.__name__] = method(self)
+            return self._computed[method.__name__]
+
+        return property(get)
 
 
 class GivenToAdvantages(NamedTuple):
@@ -54,7 +58,7 @@ class Advantages:
     _std: Tensor
     _num_groups: int | Tensor
     _given: GivenToAdvantages
-    _computed: dict = field(init=False, default_factory=dict, repr=False, compare=False)
+    _computed: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def group_ids(self) -> Tensor:
@@ -158,7 +162,7 @@ class PolicyLossOutput:
     logprobs: Tensor
     entropy: Tensor
     _diagnose: Callable[[Tensor | None], Diagnostics]
-    _computed: dict = field(init=False, default_factory=dict, repr=False, compare=False)
+    _computed: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @lazy
     def metrics(self) -> dict[str, Tensor]:

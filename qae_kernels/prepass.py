@@ -128,7 +128,7 @@ def select_tokens(
     offsets = row_offsets(logprobs.shape, cu_seqlens, logprobs.device)
     checks.responses_known(config, offsets)
     if advantages.shape != logprobs.shape:
-        advantages = Responses(offsets, logprobs.numel()).spread(advantages)
+        advantages = Responses(offsets, logprobs.numel()).spread(advantages)  # type: ignore[arg-type] # checked above
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     rows = Rows(
         mask, mask.to(dtype), advantages.detach().to(dtype), None if old_logprobs is None else old_logprobs.to(dtype)

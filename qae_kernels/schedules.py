@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class KSchedule:
     ramp: int = 0
     shape: Shape = "linear"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _level("k_start", self.k_start)
         _level("k_end", self.k_end)
         _count("hold", self.hold, 0)
@@ -97,11 +97,11 @@ class KSchedule:
             share = (1 - math.cos(math.pi * share)) / 2
         return _clip(self.k_start + share * (self.k_end - self.k_start), *sorted((self.k_start, self.k_end)))
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Its numbers, JSON: `KSchedule(**state)` is the schedule again."""
         return asdict(self)
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """A schedule has no state. Raises ValueError if the state is that of another schedule, and names the values."""
         mine = self.state_dict()
         _keys("KSchedule", state, mine)
@@ -159,7 +159,8 @@ class EntropyTargetK:
         self.target, self.k_min, self.k_max = float(target), float(k_min), float(k_max)
         self.gain, self.damping, self.max_step = float(gain), float(damping), float(max_step)
         self.smoothing, self.dead_band = float(smoothing), float(dead_band)
-        self._k, self._entropy = float(k), None
+        self._k = float(k)
+        self._entropy: float | None = None
 
     @property
     def k(self) -> float:
@@ -190,11 +191,11 @@ class EntropyTargetK:
         self._entropy = smooth
         return self._k
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """K and the smoothed entropy, JSON. The settings are not in it: they are those of the constructor."""
         return {"k": self._k, "entropy": self._entropy}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError, and changes nothing, if the state is not one of this class or K is out of the bounds."""
         _keys("EntropyTargetK", state, self.state_dict())
         k, entropy = state["k"], state["entropy"]
@@ -272,11 +273,11 @@ class DifficultyK:
             weight, successes = self._history.get(prompt, (0.0, 0.0))
             self._history[prompt] = (self.decay * weight + 1, self.decay * successes + rate)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """[id, weight, successes] of each prompt, JSON; not a dict by id, in which JSON would turn 7 into "7"."""
         return {"history": [[prompt, *counts] for prompt, counts in self._history.items()]}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Replaces the history. Raises ValueError, and changes nothing, if the state is not one of this class."""
         _keys("DifficultyK", state, self.state_dict())
         history = {}
@@ -297,7 +298,7 @@ def _clip(x: float, low: float, high: float) -> float:
     return min(max(x, low), high)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -336,7 +337,7 @@ def _ids(prompt_ids: object) -> None:
             raise ValueError(f"prompt_ids must be str or int; prompt_ids[{i}] is {prompt!r}")
 
 
-def _keys(name: str, state: object, expected: dict) -> None:
+def _keys(name: str, state: object, expected: dict[str, Any]) -> None:
     if not isinstance(state, dict) or set(state) != set(expected):
         got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"the state of a {name} has the keys {sorted(expected)}; got {got}")

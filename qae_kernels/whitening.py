@@ -54,7 +54,7 @@ def quantile_whiten(
     dtype = torch.promote_types(values.dtype, torch.float32)
     values = values.detach()
 
-    def over_ranks(x: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    def over_ranks(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         if process_group is not None:
             dist.all_reduce(x, op, group=process_group)
         return x

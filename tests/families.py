@@ -70,6 +70,7 @@ MODELS = {
     "phi3": lambda: family(Phi3ForCausalLM, Phi3Config),
     "gemma2, soft caps": lambda: family(
         Gemma2ForCausalLM, Gemma2Config, sliding_window=3, final_logit_softcapping=2.0, attn_logit_softcapping=0.5,
+        attn_implementation="eager",  # transformers before 5.21 takes SDPA by itself, which leaves the caps out
     ),
     "gemma3, soft cap": lambda: family(
         Gemma3ForCausalLM, Gemma3TextConfig, sliding_window=3, final_logit_softcapping=2.0,

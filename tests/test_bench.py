@@ -572,9 +572,10 @@ def fake_linear_results(folder: Path) -> list[dict]:
 
 
 class TestReport:
-    def test_the_readme_is_that_of_the_committed_results(self):
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        assert readme == report.with_block(readme, report.block(report.load(report.RESULTS)))
+    @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
+    def test_the_pages_are_those_of_the_committed_results(self, page):
+        text = page.read_text(encoding="utf-8")
+        assert text == report.with_block(text, report.block(report.load(report.RESULTS), page=page))
         for path in report.plots(report.load(report.RESULTS)):
             assert path.exists()
 
@@ -647,6 +648,7 @@ class TestReport:
         assert [path.name for path in drawn] == ["bench_nvidia_x.png", "bench_nvidia_x_scaling.png"]
         for path, draw in drawn.items():
             assert f"](docs/{path.name})" in report.block(report.load(tmp_path), tmp_path)
+            assert f"]({path.name})" in report.block(report.load(tmp_path), tmp_path, report.PAGES[1])
             draw(tmp_path / "a.png")
             draw(tmp_path / "b.png")
             assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

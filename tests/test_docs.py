@@ -8,13 +8,16 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from qae_kernels import policy_loss, quantile_advantages
 from qae_kernels.config import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("choosing-k.md", "data.md")
+PAGES = ("choosing-k.md", "data.md", "qae-in-ten-minutes.md", "quick-start.md", "troubleshooting.md")
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 EXAMPLES = [
     pytest.param(code, id=f"{page} {number}")
@@ -33,18 +36,48 @@ def test_an_example_prints_what_it_says(code, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [line for lines in said for line in lines.split(", then ")]
 
 
-def test_objectives_from_top_to_bottom(tmp_path, capsys):
-    """The blocks of objectives.md are one program; Triton wants to read the source of its functions from a file."""
-    blocks = BLOCK.findall((ROOT / "docs" / "objectives.md").read_text(encoding="utf-8"))
-    program = tmp_path / "objectives.py"
+def from_top_to_bottom(page: str, folder: Path) -> dict[str, Any]:
+    """The blocks of a page as one program; Triton wants to read the source of its functions from a file."""
+    blocks = BLOCK.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    program = folder / "program.py"
     program.write_text("\n".join(blocks), encoding="utf-8")
+    return runpy.run_path(str(program))
+
+
+def test_objectives_from_top_to_bottom(tmp_path, capsys):
+    names = from_top_to_bottom("objectives.md", tmp_path)
+    assert names["selected"].sum() == 1 and names["kept"].sum() == 1 + int(0.2 * 23)
+    assert float(re.match(r"tensor\(([\d.]+)", capsys.readouterr().out)[1]) == pytest.approx(0.04, abs=0.03)
+
+
+def test_writing_an_objective_from_top_to_bottom(tmp_path, capsys):
     try:
-        names = runpy.run_path(str(program))
+        names = from_top_to_bottom("writing-an-objective.md", tmp_path)
         assert names["logits"].grad.abs().max() > 0 and OBJECTIVES["faded"].fused is names["faded_fused"]
-        assert names["selected"].sum() == 1 and names["kept"].sum() == 1 + int(0.2 * 23)
-        assert float(re.match(r"tensor\(([\d.]+)", capsys.readouterr().out)[1]) == pytest.approx(0.04, abs=0.03)
+        assert capsys.readouterr().out == "True\n"
     finally:
         OBJECTIVES.pop("faded", None)
+
+
+def test_troubleshooting_names_what_there_is():
+    """Its metrics are logged, its messages are those of the package, its settings are of the config."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    looked_at = re.findall(r"`(\w+)`", " ".join(re.findall(r"\*\*Look at.*?\n\n", text, re.DOTALL)))
+    ones = torch.ones(2, 3)
+    output = policy_loss(torch.zeros(2, 3, 4), ones.long(), ones[:, 0], rollout_logprobs=ones, backend="torch")
+    credit = quantile_advantages(torch.tensor([1.0, 0.0]), 2, backend="torch")
+    logged = (credit.diagnostics() + output.diagnostics(credit.hard)).as_dict()
+    assert len(looked_at) > 10 and set(looked_at) - {"outcomes"} <= set(logged), set(looked_at) - set(logged)
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "qae_kernels").glob("*.py"))
+    messages = re.findall(r"^\| `(\S+ \S+ [^`]+)` \|", text, re.MULTILINE)
+    assert len(messages) == 5
+    for message in messages:
+        assert message.partition(" ")[2] in source, message
+
+
+def test_pictures_are_current():
+    """If not: python docs/pictures.py."""
+    subprocess.run([sys.executable, "docs/pictures.py", "--check"], cwd=ROOT, check=True, env={"PYTHONPATH": str(ROOT)})
 
 
 def test_generated_blocks_are_current():
@@ -52,7 +85,10 @@ def test_generated_blocks_are_current():
     subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, check=True, env={"PYTHONPATH": str(ROOT)})
 
 
-@pytest.mark.parametrize("page", (*PAGES, "objectives.md", "transformers.md", "trl.md"))
+@pytest.mark.parametrize(
+    "page",
+    (*PAGES, "objectives.md", "writing-an-objective.md", "memory-and-speed.md", "transformers.md", "trl.md"),
+)
 def test_files_it_names_exist(page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\(((?!http)[^)#]+)\)", text)

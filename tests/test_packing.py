@@ -239,7 +239,7 @@ def test_gradient_checkpointing_changes_nothing():
     gradients = []
     for use_reentrant in (None, True, False):
         if use_reentrant is not None:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model.zero_grad()
         hidden_states(model, packed).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
