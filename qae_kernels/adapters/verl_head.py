@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Partial
 from verl.utils.kernel import linear_cross_entropy as kernels_of_verl
 
 from ..ops import linear_token_logprobs
@@ -35,6 +36,8 @@ def linear_head(
             f"the head of qae_kernels takes the whole vocabulary in verl; got one shared by "
             f"{dist_process_group.size()} ranks (tensor parallelism)"
         )
+    if isinstance(weight, DTensor):  # FSDP2 shards the head of an untied model by itself, and averages gradients
+        weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
     return linear_token_logprobs(hidden, weight, labels, temperature=temperature)
 
 
