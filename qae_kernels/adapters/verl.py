@@ -131,8 +131,9 @@ def loss_config(name: str, actor: ActorConfig) -> PolicyLossConfig:
         numbers["dual_clip"] = actor.clip_ratio_c
     sections = {**actor, **actor.policy_loss}
     hyper = {ours: sections[theirs] for ours, theirs in HYPER.get(form.objective, {}).items()}
-    return replace(form, aggregation=actor.loss_agg_mode, loss_scale_factor=actor.loss_scale_factor, hyper=hyper,
-                   **numbers)  # fmt: skip
+    return replace(
+        form, aggregation=actor.loss_agg_mode, loss_scale_factor=actor.loss_scale_factor, hyper=hyper, **numbers
+    )
 
 
 def normalizer(actor: ActorConfig) -> float | None:
@@ -149,8 +150,8 @@ def normalizer(actor: ActorConfig) -> float | None:
 
 
 def policy_loss_of_verl(
-    name: str, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
-    loss_agg_mode: str = "token-mean", config: ActorConfig | None = None, rollout_is_weights: Tensor | None = None,
+    name: str, old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str,
+    config: ActorConfig, rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """verl's signature after `name`. Tensors [B, T] of this micro-batch; config: the `actor` section.
 
@@ -164,17 +165,16 @@ def policy_loss_of_verl(
     weights = token_weights(
         mask, own.aggregation, normalizer=normalizer(config), loss_scale_factor=own.loss_scale_factor, dtype=dtype
     )
-    old_log_prob, advantages = old_log_prob.to(dtype), advantages.to(dtype)
-    rollout_weights = None if rollout_is_weights is None else rollout_is_weights.to(dtype).expand(mask.shape)
     rows = Rows(
-        mask, weights, advantages, old_log_prob, rollout_weights=rollout_weights,
+        mask, weights, advantages.to(dtype), old_log_prob.to(dtype),
+        rollout_weights=None if rollout_is_weights is None else rollout_is_weights.to(dtype),
         cu_seqlens=row_offsets(mask.shape, None, mask.device),
     ).flat().cleaned()  # fmt: skip
     log_prob = torch.where(mask, log_prob.to(dtype), 0).reshape(-1)
     no_entropy = torch.zeros_like(log_prob)  # which verl does not pass
     loss = loss_of_logprobs(log_prob, no_entropy, rows, own)
     with torch.no_grad():
-        seen = loss_diagnostics(log_prob.detach(), no_entropy, rows, own, "none").metrics()
+        seen = loss_diagnostics(log_prob.detach(), no_entropy, rows, own).metrics()
     return loss, {
         "actor/pg_clipfrac": (seen["clip_fraction_low"] + seen["clip_fraction_high"]).item(),
         "actor/ppo_kl": seen["approx_kl"].item(),

@@ -1,5 +1,5 @@
-"""Quantile Advantage Estimation as the authors of arXiv 2509.22611 run it: verl's GRPO with `torch.quantile` in place of
-the mean. Bit for bit, with what that implies: see `authors_advantages`."""
+"""Quantile Advantage Estimation as the authors of arXiv 2509.22611 run it: verl's GRPO with `torch.quantile` for the
+mean. Bit for bit, with what that implies: see `authors_advantages`."""
 
 from __future__ import annotations
 
