@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,13 @@ from qae_kernels import PRESETS, policy_loss, quantile_advantages
 from qae_kernels.reference.authors import authors_advantages
 
 pytest.importorskip("verl")
-for needed in ("cachetools", "fastapi", "uvicorn", "transfer_queue"):
-    pytest.importorskip(needed, reason=f"{needed} is of verl's trainers, and in its extra verl-core")
+pytest.importorskip("cachetools", reason="verl's trainers need what its extra verl-core names")
+pytest.importorskip("fastapi", reason="verl's trainers need what its extra verl-core names")
+pytest.importorskip("uvicorn", reason="verl's trainers need what its extra verl-core names")
+pytest.importorskip("transfer_queue", reason="verl's trainers need what its extra verl-core names")
 import verl
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from test_parity_verl import GLOBAL, TOLERANCE, actor, difference, in_rows, make, ours, theirs, without_zeros
 from transformers import Qwen3ForCausalLM
 from verl import DataProto
@@ -81,9 +84,14 @@ def rollout(rewards: list[float], uids: list, lengths: list[int] | None = None) 
     )  # fmt: skip
 
 
-def advantages(data: DataProto, *options: str, algorithm: DictConfig | None = None) -> Tensor:
-    """[B]: of each response, by the trainer's function and configuration."""
-    algorithm = algorithm or config_of(SWITCH, *options).algorithm
+@cache
+def algorithm_of_verl() -> dict:
+    return OmegaConf.to_container(config_of(SWITCH).algorithm, resolve=True)
+
+
+def advantages(data: DataProto, algorithm: DictConfig | AlgoConfig | None = None, **options) -> Tensor:
+    """[B]: of each response, by the trainer's function, with these options in verl's configuration."""
+    algorithm = algorithm or OmegaConf.create(algorithm_of_verl() | options)
     data = compute_advantage(
         data, algorithm.adv_estimator, norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo, config=algorithm
     )
@@ -99,8 +107,8 @@ def random_rollout(kind: str, seed: int) -> DataProto:
     ids = torch.arange(1, 17).repeat_interleave(torch.arange(1, 17))
     ids = ids[torch.randperm(len(ids), generator=draw)]
     rewards = torch.randn(len(ids), generator=draw)
-    if kind == "binary":  # success rates from low to high
-        rewards = (rewards > (ids - 9) / 6).float() * 2 - 1
+    if kind == "binary":  # of low, middle and high success rate
+        rewards = (rewards > torch.tensor([1.2, 0.0, -1.2])[ids % 3]).float() * 2 - 1
     rewards[ids == 7] = 0.7
     lengths = torch.randint(1, 6, ids.shape, generator=draw)
     return rollout(rewards.tolist(), [f"prompt-{31 * i % 17}" for i in ids.tolist()], lengths.tolist())
@@ -136,7 +144,7 @@ def test_the_definition_of_the_paper(k, kind, norm):
     """k = 0.7 to 0.9 are where 1 - k and k G in floating point miss the boundary."""
     data = random_rollout(kind, seed=3)
     expected = torch.tensor(by_definition(data, k, norm))
-    got = advantages(data, f"+algorithm.quantile_k={k}", f"algorithm.norm_adv_by_std_in_grpo={norm}")
+    got = advantages(data, quantile_k=float(k), norm_adv_by_std_in_grpo=norm)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
     assert (got == 0).float().mean() > (0.5 if kind == "binary" else 0.05) and (got > 0).any() and (got < 0).any()
 
@@ -146,23 +154,23 @@ def test_the_trainer_of_now_and_the_one_of_old():
     data = random_rollout("binary", seed=2)
     keys = [f"{uid}_{i}_0" for i, uid in enumerate(data.non_tensor_batch["uid"])]
     expected = advantages(data)
-    config = config_of(SWITCH).algorithm
-    got = compute_advantage_for_multi_trajectories(data, keys, config.adv_estimator, config=config)
+    got = compute_advantage_for_multi_trajectories(data, keys, "qae", config=OmegaConf.create(algorithm_of_verl()))
     assert torch.equal(got.batch["advantages"][:, 0], expected) and (expected != 0).any()
 
 
-def test_k_is_0_4_unless_told():
+def test_the_switch():
+    """On the command line of any launcher; and K is 0.4 unless told."""
     data = random_rollout("binary", seed=1)
-    assert torch.equal(advantages(data), advantages(data, "+algorithm.quantile_k=0.4"))
-    assert not torch.equal(advantages(data), advantages(data, "+algorithm.quantile_k=0.8"))
+    by_hydra = [advantages(data, config_of(SWITCH, f"+algorithm.quantile_k={k}").algorithm) for k in (0.4, 0.8)]
+    assert torch.equal(by_hydra[0], advantages(data, config_of(SWITCH).algorithm))
+    assert torch.equal(by_hydra[0], advantages(data, quantile_k=0.4)) and not torch.equal(*by_hydra)
 
 
 def test_equal_rewards_have_no_advantage():
     """Nor in a group of one. verl's own estimator gives the eight of 0.7 one of 0.056."""
     data = rollout([0.7] * 8 + [3.0] + [-1.0] * 3, ["a"] * 8 + ["b"] + ["c"] * 3)
     assert (advantages(data) == 0).all()
-    grpo = config_of("algorithm.adv_estimator=grpo").algorithm
-    assert advantages(data, algorithm=grpo).abs()[:8].min() > 0.05
+    assert advantages(data, adv_estimator="grpo").abs()[:8].min() > 0.05
 
 
 def test_linear_interpolation_and_eps():
@@ -171,13 +179,13 @@ def test_linear_interpolation_and_eps():
     for number, members in enumerate(of_groups(data).values()):
         groups[members] = number
     expected = quantile_advantages(rewards, groups, 0.3, interpolation="linear", eps=0.5).advantages
-    options = ("+algorithm.quantile_k=0.3", "+algorithm.quantile_interpolation=linear", "+algorithm.quantile_eps=0.5")
-    assert torch.equal(advantages(data, *options), expected)
+    got = advantages(data, quantile_k=0.3, quantile_interpolation="linear", quantile_eps=0.5)
+    assert torch.equal(got, expected)
 
 
 # ---- the authors' code, bit for bit
 
-BITS = "+algorithm.quantile_bit_for_bit=true"
+BITS = {"quantile_bit_for_bit": True}
 
 
 def near_equal() -> DataProto:
@@ -187,10 +195,11 @@ def near_equal() -> DataProto:
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("k", [0.2, 0.4, 0.65])
-@pytest.mark.parametrize("data", [random_rollout("binary", 5), random_rollout("real", 6), near_equal()], ids=str)
-def test_bit_for_bit(data, k, norm, monkeypatch):
+@pytest.mark.parametrize("rewards", ["binary", "real", "near"])
+def test_bit_for_bit(rewards, k, norm, monkeypatch):
     """Beside their one changed line in verl's own function, and beside that function written down anew."""
-    got = advantages(data, BITS, f"+algorithm.quantile_k={k}", f"algorithm.norm_adv_by_std_in_grpo={norm}")
+    data = near_equal() if rewards == "near" else random_rollout(rewards, 5)
+    got = advantages(data, quantile_k=k, norm_adv_by_std_in_grpo=norm, **BITS)
     rewards, uids = data.batch["token_level_rewards"].sum(1), data.non_tensor_batch["uid"]
     for i, uid in enumerate(uids):
         scores = torch.stack([r for r, other in zip(rewards, uids, strict=True) if other == uid])
@@ -200,17 +209,16 @@ def test_bit_for_bit(data, k, norm, monkeypatch):
             expected = expected / ((torch.tensor(1.0) if alone else torch.std(scores)) + 1e-6)
         assert got[i].item() == expected.item()
     monkeypatch.setattr(core_algos.torch, "mean", lambda scores: torch.quantile(scores, k))
-    grpo = config_of("algorithm.adv_estimator=grpo", f"algorithm.norm_adv_by_std_in_grpo={norm}").algorithm
-    assert torch.equal(got, advantages(data, algorithm=grpo))
+    assert torch.equal(got, advantages(data, adv_estimator="grpo", norm_adv_by_std_in_grpo=norm))
 
 
 def test_bit_for_bit_is_not_the_paper_nor_linear():
     """Five of eight at k = 0.4: a baseline of 0.8, and nobody without credit. And the std of `near_equal`."""
     data = rollout([1.0] * 5 + [0.0] * 3, ["a"] * 8)
-    assert (advantages(data, BITS) != 0).all()
+    assert (advantages(data, **BITS) != 0).all()
     assert (advantages(data) != 0).sum() == 3
-    linear = advantages(near_equal(), "+algorithm.quantile_interpolation=linear")
-    assert not torch.equal(advantages(near_equal(), BITS), linear)
+    linear = advantages(near_equal(), quantile_interpolation="linear")
+    assert not torch.equal(advantages(near_equal(), **BITS), linear)
 
 
 def test_the_order_of_a_group_is_kept_in_sums():
@@ -224,7 +232,7 @@ def test_the_order_of_a_group_is_kept_in_sums():
 
 # ---- rewards with a penalty
 
-OUTCOMES = "+algorithm.quantile_outcomes=[-1,1]"
+OUTCOMES = {"quantile_outcomes": [-1, 1]}
 
 
 def test_a_penalty_does_not_move_the_gate():
@@ -232,7 +240,7 @@ def test_a_penalty_does_not_move_the_gate():
     penalties = [-1.0, -0.9, -0.5, -0.7, -0.2, -0.3, -1.0]
     data = rollout([-1.0 + p for p in penalties] + [-1.0] * 9, ["a"] * 16)
     assert (advantages(data)[7:] > 0).all()
-    got = advantages(data, OUTCOMES)
+    got = advantages(data, **OUTCOMES)
     assert (got[7:] == 0).all() and (got[:7] < 0).all()
 
 
@@ -244,32 +252,32 @@ def test_outcomes_are_the_rewards_before_the_penalty():
     expected = quantile_advantages(
         verdicts + penalties, torch.arange(64) % 5, 0.4, outcomes=verdicts, backend="torch"
     ).advantages
-    torch.testing.assert_close(advantages(data, OUTCOMES), expected, rtol=1e-6, atol=0)
-    assert not torch.equal(advantages(data, OUTCOMES), advantages(data))
+    torch.testing.assert_close(advantages(data, **OUTCOMES), expected, rtol=1e-6, atol=0)
+    assert not torch.equal(advantages(data, **OUTCOMES), advantages(data))
 
 
 # ---- what is refused
 
 WRONG = [
-    (["+algorithm.quantile_k=1"], r"algorithm\.quantile_k must be a number strictly between 0 and 1; got 1"),
-    (["+algorithm.quantile_k=-0.4"], "got -0.4"),
-    (["+algorithm.quantile_k='0.4'"], "got '0.4'"),
-    (["+algorithm.quantile_k=true"], "got True"),
-    (["+algorithm.quantile_K=0.4"], r"algorithm\.quantile_K is not an option of adv_estimator=qae; it has quantile_k"),
-    (["+algorithm.quantile_interpolation=lower"], "must be one of 'inverted_cdf', 'linear'; got 'lower'"),
-    (["+algorithm.quantile_eps=-1"], "eps must be a finite number >= 0; got -1"),
-    ([BITS, "+algorithm.quantile_eps=1e-4"], "the authors' code, which has no quantile_eps; got 0.0001"),
-    ([BITS, OUTCOMES], "which has no quantile_outcomes"),
-    (["+algorithm.quantile_outcomes=[1,-1]"], r"two ascending numbers or more; got \[1.0, -1.0\]"),
-    (["+algorithm.quantile_outcomes=[-1,0]"], r"largest of algorithm\.quantile_outcomes, 0.0; got 1.0"),
-    ([OUTCOMES, "algorithm.use_kl_in_reward=True"], "use_kl_in_reward=True moves them in both directions"),
+    ({"quantile_k": 1}, r"algorithm\.quantile_k must be a number strictly between 0 and 1; got 1"),
+    ({"quantile_k": -0.4}, "got -0.4"),
+    ({"quantile_k": "0.4"}, "got '0.4'"),
+    ({"quantile_k": True}, "got True"),
+    ({"quantile_K": 0.4}, r"algorithm\.quantile_K is not an option of adv_estimator=qae; it has quantile_k"),
+    ({"quantile_interpolation": "lower"}, "must be one of 'inverted_cdf', 'linear'; got 'lower'"),
+    ({"quantile_eps": -1}, "eps must be a finite number >= 0; got -1"),
+    (BITS | {"quantile_eps": 1e-4}, "the authors' code, which has no quantile_eps; got 0.0001"),
+    (BITS | OUTCOMES, "which has no quantile_outcomes"),
+    ({"quantile_outcomes": [1, -1]}, r"two ascending numbers or more; got \[1.0, -1.0\]"),
+    ({"quantile_outcomes": [-1, 0]}, r"largest of algorithm\.quantile_outcomes, 0.0; got 1.0"),
+    (OUTCOMES | {"use_kl_in_reward": True}, "use_kl_in_reward=True moves them in both directions"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG)
 def test_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        advantages(rollout([1.0, -1.0], ["a", "a"]), *options)
+        advantages(rollout([1.0, -1.0], ["a", "a"]), **options)
 
 
 def test_uids_are_needed():
@@ -282,8 +290,7 @@ def test_uids_are_needed():
 def test_a_configuration_without_options():
     """verl's own dataclass, which has no place for them: the defaults."""
     data = random_rollout("binary", seed=1)
-    algorithm = AlgoConfig(adv_estimator="qae")
-    assert torch.equal(advantages(data, algorithm=algorithm), advantages(data))
+    assert torch.equal(advantages(data, AlgoConfig(adv_estimator="qae")), advantages(data))
 
 
 def test_verl_plans_no_critic():
@@ -580,7 +587,7 @@ def test_recipe_is_a_configuration_of_verl(recipe, tmp_path):
         "+algorithm", "+reward.reward_kwargs", "+reward.reward_kwargs.overlong_buffer_cfg"
     }  # fmt: skip
     plain = rollout([1.0, -1.0, -1.5, -1.0], ["a"] * 4)
-    assert advantages(plain, algorithm=config.algorithm).tolist() == pytest.approx([1.75, 0, -0.4375, 0], rel=0.1)
+    assert advantages(plain, config.algorithm).tolist() == pytest.approx([1.75, 0, -0.4375, 0], rel=0.1)
 
 
 def test_recipe_has_the_numbers_of_the_loops(recipe):
@@ -639,9 +646,8 @@ def test_page_has_the_flags_of_a_preset(name):
     """verl's configuration with the flags of its row is the preset."""
     preset = PRESETS[name]
     flags = [f"actor_rollout_ref.actor.{flag}" for flag in flags_of_presets()[name]]
-    settings = omega_conf_to_dataclass(
-        config_of("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1", *flags).actor_rollout_ref.actor
-    )
+    config = config_of("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1", *flags)
+    settings = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     got = adapter.loss_config(settings.policy_loss.loss_mode.removeprefix("qae_"), settings)
     assert got.numbers == preset.numbers
     for field in ("objective", "ratio", "aggregation", "dual_clip", "loss_scale_factor"):

@@ -47,6 +47,8 @@ def engine_updates(rank, world_size, group, device):
             return "gloo"
 
     set_platform(OnCPU())
+    import qae_kernels.adapters.verl  # noqa: F401  which verl does by itself where the package is installed
+
     torch.set_num_threads(1)
     return {(mode, fused, tied): one_update(mode, fused, tied, rank, world_size)
             for tied in (True, False) for mode, fused in RUNS}  # fmt: skip
