@@ -482,6 +482,7 @@ def updates():
 SAME_UPDATE = [(("qae_ppo", False), ("vanilla", False)), (("qae_ppo", True), ("vanilla", False))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("got", "expected"), SAME_UPDATE, ids=["our loss", "our loss and our head"])
 def test_an_update_by_verls_engine(got, expected, tied, updates):
@@ -532,12 +533,14 @@ def in_fresh_process(code: str, path: Path, folder: Path, **environment: str) ->
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_installing_the_wheel_is_enough(installed, tmp_path):
     run = in_fresh_process(FRESH_PROCESS, installed, tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == str(installed / "qae_kernels" / "adapters" / "verl.py")
 
 
+@pytest.mark.slow
 def test_verl_without_plugins(installed, tmp_path):
     """By verl's own switch; and the one above is no accident of the environment."""
     run = in_fresh_process(FRESH_PROCESS, installed, tmp_path, VERL_USE_EXTERNAL_PLUGINS="none")
