@@ -24,7 +24,7 @@ def tiny_model(tied: bool = True) -> Qwen3ForCausalLM:
         )  # fmt: skip
 
 
-RUNS = [("vanilla", False), ("qae_ppo", False), ("qae_ppo", True), ("qae_dapo", False)]
+RUNS = [("vanilla", False), ("qae_ppo", False), ("qae_ppo", True), ("qae_reinforce", False)]
 
 
 def engine_updates(rank, world_size, group, device):
@@ -90,7 +90,7 @@ def one_update(mode: str, fused: bool, tied: bool, rank: int, world_size: int):
     )  # fmt: skip
     settings = ActorConfig(
         strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=2, policy_loss=PolicyLossConfig(loss_mode=mode),
-        entropy_coeff=0.1, clip_ratio_high=0.28, clip_ratio_c=1.1,
+        entropy_coeff=0.1, clip_ratio_high=0.28,
     )  # fmt: skip
     float32 = {"param_dtype": "fp32", "reduce_dtype": "fp32"}
     with tempfile.TemporaryDirectory() as folder:
