@@ -22,6 +22,8 @@ setup(
         # A CUDA build of torch brings the Triton it was built for; a CPU build brings none.
         "triton>=3.6; platform_system == 'Linux'",
     ],
+    # verl imports what is in this group in each of its processes.
+    entry_points={"verl.plugins": ["qae = qae_kernels.adapters.verl"]},
     extras_require={
         "train": [
             *("transformers>=5.0", "datasets>=4.0", "peft", "math-verify>=0.9", "reasoning-gym>=0.1.25"),

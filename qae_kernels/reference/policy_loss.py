@@ -21,6 +21,11 @@ def policy_loss(logits: Tensor, rows: Rows, *, config: PolicyLossConfig) -> tupl
         logits.reshape(-1, logits.shape[-1]), rows.tokens, temperature=config.temperature, mask=rows.mask
     )
     rows = Rows(*(x.to(logprobs.dtype) if x is not None and x.is_floating_point() else x for x in rows))
-    losses = token_losses(logprobs, entropy, rows, config)
-    loss = torch.where(rows.mask, rows.weights * losses, 0).sum()
+    loss = loss_of_logprobs(logprobs, entropy, rows, config)
     return loss, logprobs.view(shape), entropy.view(shape)
+
+
+def loss_of_logprobs(logprobs: Tensor, entropy: Tensor, rows: Rows, config: PolicyLossConfig) -> Tensor:
+    """0-dim: sum(weights * token_losses), differentiable; logprobs, entropy and rows [N], masked entries 0."""
+    losses = token_losses(logprobs, entropy, rows, config)
+    return torch.where(rows.mask, rows.weights * losses, 0).sum()
