@@ -41,7 +41,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m integration.demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 25
 
 # The kernels on the oldest Triton that setup.py allows; it lies beside the environment and shadows its Triton.
 $(OLDEST_TRITON): $(INSTALLED)
@@ -61,7 +61,7 @@ $(OLDEST_TRANSFORMERS): $(INSTALLED)
 
 test-oldest-transformers: $(OLDEST_TRANSFORMERS)
 	PYTHONPATH=$(OLDEST_TRANSFORMERS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" \
-		tests/test_models.py tests/test_packing.py
+		tests/test_models.py tests/test_packing.py tests/test_adapters_transformers.py
 
 $(OLDEST_TORCH)/installed: Makefile
 	$(PYTHON) -m venv $(OLDEST_TORCH)
@@ -73,16 +73,19 @@ test-oldest-torch: $(OLDEST_TORCH)/installed
 	PYTHONPATH=. $(OLDEST_TORCH)/bin/python -m pytest -W ignore::DeprecationWarning $(KERNEL_TESTS)
 	PYTHONPATH=. $(OLDEST_TORCH)/bin/python -m qae_kernels
 
-# verl wants an older transformers. torch is named again, so that nothing brings another one.
+# verl wants an older transformers; its trainers want more than it declares. torch is named again, so that nothing brings
+# another one.
 $(VERL)/installed: constraints-verl.txt Makefile
 	$(PYTHON) -m venv $(VERL)
 	$(VERL)/bin/python -m pip install --quiet $(TORCH)
 	$(VERL)/bin/python -c "import triton" 2>/dev/null || $(VERL)/bin/python -m pip install --quiet $(TRITON)
-	$(VERL)/bin/python -m pip install --quiet --constraint constraints-verl.txt verl pytest $(firstword $(TORCH))
+	$(VERL)/bin/python -m pip install --quiet --constraint constraints-verl.txt \
+		verl cachetools fastapi uvicorn TransferQueue pyzmq msgspec pytest setuptools $(firstword $(TORCH))
 	touch $@
 
 test-verl: $(VERL)/installed
 	PYTHONPATH=. $(VERL)/bin/python -m pytest tests/test_parity_verl.py tests/test_parity_advantages.py
+	PYTHONPATH=. $(VERL)/bin/python -m pytest tests/test_adapters_verl.py
 
 # vLLM for CPUs names a torch of its own, torchvision and more: it comes last and without what it names.
 $(VLLM)/installed: constraints-vllm.txt Makefile

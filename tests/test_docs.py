@@ -87,7 +87,7 @@ def test_generated_blocks_are_current():
 
 @pytest.mark.parametrize(
     "page",
-    (*PAGES, "objectives.md", "writing-an-objective.md", "memory-and-speed.md", "transformers.md", "trl.md"),
+    (*PAGES, "objectives.md", "writing-an-objective.md", "memory-and-speed.md", "transformers.md", "trl.md", "verl.md"),
 )
 def test_files_it_names_exist(page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
