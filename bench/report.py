@@ -21,7 +21,7 @@ from .bench_step import DENSE
 from .harness import OURS, ROOT, Row
 
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "memory-and-speed.md")
+README, PAGE = ROOT / "README.md", DOCS / "memory-and-speed.md"
 # Of `python -m bench.codegen --arch sm_90 --dtype bf16 --peers --json` and `python -m bench.traffic --json`.
 CODEGEN, TRAFFIC = "codegen.json", "traffic.json"
 # Contestant: (its kernels in codegen.json, its name in traffic.json).
@@ -219,12 +219,19 @@ def proofs(folder: Path) -> list[str]:
     return ["\n".join("| " + " | ".join(line) + " |" for line in lines), text]
 
 
-def block(results: list[Row], folder: Path = RESULTS, page: Path = PAGES[0]) -> str:
-    """What stands between the page's markers."""
+def summary(results: list[Row], folder: Path = RESULTS, page: Path = README) -> str:
+    """What stands between the markers of the README: what is proven without a GPU, and the plots of those that were
+    measured."""
     drawn = [path.relative_to(page.parent) for path in plots(results)]
     parts = proofs(folder) + [f"![{path.stem.replace('_', ' ')}]({path.as_posix()})" for path in drawn]
     if not any(result["about"]["paths"] == ON_GPU for result in results):
         parts.append("GPU: not measured.")
+    return "\n\n".join(parts)
+
+
+def block(results: list[Row], folder: Path = RESULTS) -> str:
+    """What stands between the markers of docs/memory-and-speed.md: the summary, and a table for every measurement."""
+    parts = [summary(results, folder, PAGE)]
     for result in results:
         if result["file"] == "sweep":  # in the plots
             continue
@@ -341,10 +348,10 @@ def main(arguments: list[str] | None = None) -> None:
     results = load(RESULTS)
     for path, draw in plots(results).items():
         draw(path)
-    for page in PAGES:
-        page.write_text(with_block(page.read_text(encoding="utf-8"), block(results, page=page)), encoding="utf-8")
-    names = " and ".join(page.name for page in PAGES)
-    print(f"{names} from {len(results)} results files; plots: {[path.name for path in plots(results)]}")
+    for page, text in ((README, summary(results)), (PAGE, block(results))):
+        page.write_text(with_block(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+    drawn = [path.name for path in plots(results)]
+    print(f"{README.name} and {PAGE.name} from {len(results)} results files; plots: {drawn}")
 
 
 if __name__ == "__main__":

@@ -572,10 +572,10 @@ def fake_linear_results(folder: Path) -> list[dict]:
 
 
 class TestReport:
-    @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
-    def test_the_pages_are_those_of_the_committed_results(self, page):
-        text = page.read_text(encoding="utf-8")
-        assert text == report.with_block(text, report.block(report.load(report.RESULTS), page=page))
+    @pytest.mark.parametrize(("page", "text"), [(report.README, report.summary), (report.PAGE, report.block)])
+    def test_the_pages_are_those_of_the_committed_results(self, page, text):
+        written = page.read_text(encoding="utf-8")
+        assert written == report.with_block(written, text(report.load(report.RESULTS)))
         for path in report.plots(report.load(report.RESULTS)):
             assert path.exists()
 
@@ -647,8 +647,8 @@ class TestReport:
         drawn = report.plots(fake_results(tmp_path))
         assert [path.name for path in drawn] == ["bench_nvidia_x.png", "bench_nvidia_x_scaling.png"]
         for path, draw in drawn.items():
-            assert f"](docs/{path.name})" in report.block(report.load(tmp_path), tmp_path)
-            assert f"]({path.name})" in report.block(report.load(tmp_path), tmp_path, report.PAGES[1])
+            assert f"](docs/{path.name})" in report.summary(report.load(tmp_path), tmp_path)
+            assert f"]({path.name})" in report.block(report.load(tmp_path), tmp_path)
             draw(tmp_path / "a.png")
             draw(tmp_path / "b.png")
             assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
