@@ -541,6 +541,20 @@ def test_installing_the_wheel_is_enough(installed, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_command_of_the_docs(installed, tmp_path):
+    """That of docs/ten-lines.md, through verl's launcher."""
+    page = (ROOT / "docs" / "ten-lines.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python (-m verl.*)$", page, re.MULTILINE)
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    run = subprocess.run(
+        [sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True,
+        env=kept | {"PYTHONPATH": str(installed)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "  adv_estimator: qae\n" in run.stdout and "  quantile_k: 0.4\n" in run.stdout
+
+
+@pytest.mark.slow
 def test_verl_without_plugins(installed, tmp_path):
     """By verl's own switch; and the one above is no accident of the environment."""
     run = in_fresh_process(FRESH_PROCESS, installed, tmp_path, VERL_USE_EXTERNAL_PLUGINS="none")

@@ -1,11 +1,6 @@
 """What `pip install` gives; what an import costs; a machine without Triton; `python -m qae_kernels`."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-import sysconfig
 import tarfile
 import zipfile
 from email import message_from_string
@@ -13,42 +8,22 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from installed import ROOT, build_sdist, build_wheel, empty_environment, python
 
 import qae_kernels
 from qae_kernels.__main__ import OPTIONAL
 
-ROOT = Path(__file__).parent.parent
 EXTRAS = ("train", "trl", "peers", "bench", "dev", "docs")  # that the environment of the tests has
-PLAIN = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
-
-
-def python(*arguments: object, executable: object = sys.executable, fails: bool = False, **environment: str) -> str:
-    """What it prints, warnings and errors too; from a folder where nothing can be imported by accident."""
-    command = [str(executable), *map(str, arguments)]
-    run = subprocess.run(command, cwd="/", env=PLAIN | environment, capture_output=True, text=True)
-    assert bool(run.returncode) == fails, run.stdout + run.stderr
-    return run.stdout + run.stderr
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
-    folder, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for path in ROOT.iterdir():
-        if path.is_file():
-            shutil.copy(path, folder)
-    for name in ("bench", "docs", "integration", "qae_kernels", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = f"import os, setuptools.build_meta as b; os.chdir({str(folder)!r}); b.build_sdist({str(dist)!r})"
-    python("-c", build)
-    return next(dist.glob("*.tar.gz"))
+    return build_sdist(tmp_path_factory.mktemp("sdist"))
 
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """Made from the sdist, as pip does it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sdist)
-    return next(folder.glob("*.whl"))
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +91,7 @@ print(q.__file__)
 
 
 def test_installed_in_an_empty_environment(wheel, tmp_path):
-    """Beside it only what torch needs, lent by the environment of the tests."""
-    python("-m", "venv", "--without-pip", tmp_path)
-    executable = tmp_path / "bin" / "python"
-    python("-m", "pip", "--python", executable, "install", "--quiet", "--no-deps", "--no-index", wheel)
-    paths = sysconfig.get_paths(vars={"base": str(tmp_path), "platbase": str(tmp_path)})
-    lent = Path(paths["purelib"]) / "lent.pth"
-    lent.write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
+    executable = empty_environment(tmp_path, wheel)
     assert python("-c", USE, executable=executable).startswith(f"{tmp_path}/")
     said = python("-m", "qae_kernels", executable=executable)
     assert f"qae_kernels {qae_kernels.__version__}\n" in said and "\ntriton 3" in said
