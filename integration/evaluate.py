@@ -31,7 +31,7 @@ import qae_kernels
 from . import parallel
 from .accuracy import RESAMPLES, bootstrap_interval, pass_at_k
 from .checkpoint import CheckpointError
-from .config import TrainConfig
+from .config import LoraConfig, TrainConfig
 from .data import Problem, open_evals
 from .engines import Engine, EngineError, Sampling, make_engine
 from .export import export_checkpoint
@@ -175,7 +175,7 @@ def training_config(settings: EvaluateConfig) -> TrainConfig:
         prompt_column=settings.prompt_column, answer_column=settings.answer_column, verifier=settings.verifier,
     )  # fmt: skip
     return replace(
-        base, init=init, eval_samples=settings.samples, eval_temperature=settings.temperature,
+        base, init=init, lora=LoraConfig(), eval_samples=settings.samples, eval_temperature=settings.temperature,
         prompts_per_step=max(1, settings.responses_per_call // settings.samples), group_size=settings.samples,
         minibatches=1, old_logprobs="recompute", overlong_buffer=0,  # settings of training that others must agree with
         max_tokens=max(base.max_tokens, 1 + (settings.max_new_tokens or 0)), data=replace(base.data, **data),

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
+from torch.distributed.checkpoint import CheckpointException
 
 from . import checkpoint, parallel
 from .checkpoint import CheckpointError
 from .models import open_policy
 from .run import config_of
+
+SOURCE = "checkpoint.sha256"  # in an export: of the manifest of the checkpoint that it was made of
 
 
 @dataclass(frozen=True)
@@ -31,26 +35,45 @@ class ExportConfig:
     """The run's folder."""
     checkpoint: str = "newest"
     """"newest", "best", or a step."""
+    init: str | None = None
+    """Where the model that the run began with is now, if it has moved: its shape and tokenizer are needed."""
 
 
-def export_checkpoint(run: Path, which: str = "newest") -> Path:
+def export_checkpoint(run: Path, which: str = "newest", init: str | None = None) -> Path:
     """Folder of the model: `<run>/exported/step_<n>`, which is not made again where it is there.
 
-    Raises FileNotFoundError: no such checkpoint, and which there are. CheckpointError: it is damaged.
+    init: where the run's first model is now; None: where it was.
+    Raises FileNotFoundError: no such checkpoint, and which there are. CheckpointError: it is damaged, or was removed
+    while it was read.
     """
     source = find(run, which)
     target = run / "exported" / source.name
-    if target.is_dir():
+    if is_export_of(source, target):
         return target
     if damage := checkpoint.find_damage(source):
         raise CheckpointError(f"{source} is damaged: {damage}")
-    model, tokenizer = open_policy(config_of(run), torch.device("cpu"))
-    parallel.load_weights(source / "state", model)
-    partial = target.with_suffix(checkpoint.PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    parallel.export(model, tokenizer, partial)
-    partial.rename(target)
+    made_of = checkpoint.sha256(source / "manifest.json")
+    config = config_of(run)
+    model, tokenizer = open_policy(replace(config, init=init or config.init), torch.device("cpu"))
+    try:
+        parallel.load_weights(source / "state", model)
+    except CheckpointException as error:  # not an Exception
+        raise CheckpointError(f"{source} could not be read; a run that goes on removes old ones: {error}") from None
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{source.name}.") as partial:
+        made = Path(partial) / "model"
+        parallel.export(model, tokenizer, made)
+        (made / SOURCE).write_text(made_of + "\n", encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        made.rename(target)
     return target
+
+
+def is_export_of(source: Path, target: Path) -> bool:
+    """Another run may have been in this folder before."""
+    return (target / SOURCE).is_file() and (target / SOURCE).read_text(encoding="utf-8").strip() == checkpoint.sha256(
+        source / "manifest.json"
+    )
 
 
 def find(run: Path, which: str) -> Path:
@@ -74,7 +97,7 @@ def find(run: Path, which: str) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     settings = tyro.cli(ExportConfig, args=arguments, description=__doc__, prog="python -m integration.export")
     try:
-        print(export_checkpoint(settings.run, settings.checkpoint))
+        print(export_checkpoint(settings.run, settings.checkpoint, settings.init))
     except (OSError, ValueError, CheckpointError) as error:
         sys.exit(f"error: {error}")
 

@@ -158,11 +158,12 @@ def start_folder(config: TrainConfig, device: torch.device) -> None:
     path = folder / "config.json"
     if path.is_file() and has_begun(config):
         before = json.loads(path.read_text(encoding="utf-8"))["config"]
-        old, new = flat(before), flat(now)
+        usual = json.loads(json.dumps(dataclasses.asdict(TrainConfig()), default=str))
+        old, new = flat(usual) | flat(before), flat(now)  # what is newer than the run had its default
         changed = sorted(
-            f"{name} was {old.get(name)!r} and is {new[name]!r}"
+            f"{name} was {old[name]!r} and is {new[name]!r}"
             for name in new
-            if old.get(name) != new[name] and not {name, name.partition(".")[0]} & CONTINUABLE
+            if old[name] != new[name] and not {name, name.partition(".")[0]} & CONTINUABLE
         )
         if config.lr_schedule != "constant" or config.k_end is not None:  # they depend on where the run ends
             changed += [f"steps was {before['steps']} and is {now['steps']}"] if before["steps"] != now["steps"] else []

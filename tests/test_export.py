@@ -1,13 +1,14 @@
 """Checkpoints of runs as models of transformers, in the middle of a run and evaluated from there."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from integration import checkpoint
+from integration import checkpoint, parallel
 from integration.checkpoint import CheckpointError, RunState
 from integration.config import LoraConfig, TrainConfig
 from integration.evaluate import EvaluateConfig, evaluate_model, training_config
@@ -23,9 +24,9 @@ CPU = torch.device("cpu")
 CONFIG = TrainConfig(device="cpu", max_new_tokens=4, eval_every=2, save_every=1, keep=2)
 
 
-def make_run(folder, lora=0):
+def make_run(folder, lora=0, **changes):
     """A run after step 3 whose step 1 was the best: (its folder, the weights of each step)."""
-    config = replace(CONFIG, name="run", runs=folder, lora=LoraConfig(rank=lora))
+    config = replace(CONFIG, name="run", runs=folder, lora=LoraConfig(rank=lora), overwrite=True, **changes)
     start_folder(config, CPU)
     (config.folder / "metrics.jsonl").touch()
     model, _ = open_policy(config, CPU)
@@ -91,6 +92,46 @@ def test_a_run_that_goes_on_is_evaluated(made):
 def test_what_is_not_there_is_said(made, which, message):
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         export_checkpoint(made[0], which)
+
+
+def test_an_export_of_an_earlier_run_is_made_anew(tmp_path):
+    run, _ = make_run(tmp_path)
+    export_checkpoint(run)
+    shutil.rmtree(run / "checkpoints")
+    _, weights = make_run(tmp_path, lora=2)
+    assert_weights(export_checkpoint(run), weights[3])
+    assert [path.name for path in (run / "exported").iterdir()] == ["step_000003"], "nothing is left over"
+
+
+def test_a_checkpoint_that_goes_while_it_is_read(tmp_path, monkeypatch):
+    run, _ = make_run(tmp_path)
+    load = parallel.load_weights
+    monkeypatch.setattr(parallel, "load_weights", lambda folder, model: [shutil.rmtree(folder), load(folder, model)])
+    with pytest.raises(CheckpointError, match="could not be read; a run that goes on removes old ones"):
+        export_checkpoint(run)
+    assert not (run / "exported").exists()
+
+
+def test_a_first_model_that_has_moved(tmp_path):
+    model, tokenizer = open_policy(CONFIG, CPU)
+    parallel.export(model, tokenizer, tmp_path / "first")
+    run, weights = make_run(tmp_path, init=str(tmp_path / "first"))
+    (tmp_path / "first").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="no model called"):
+        export_checkpoint(run)
+    assert_weights(export_checkpoint(run, init=str(tmp_path / "moved")), weights[3])
+
+
+def test_a_setting_that_is_newer_than_the_run(tmp_path):
+    """Had its default then: the run goes on with that, and with no other."""
+    run, _ = make_run(tmp_path)
+    about = json.loads((run / "config.json").read_text())
+    del about["config"]["mask_truncated"], about["config"]["verify"]
+    (run / "config.json").write_text(json.dumps(about))
+    config = replace(config_of(run), overwrite=False)
+    with pytest.raises(ValueError, match="mask_truncated was False and is True"):
+        start_folder(replace(config, mask_truncated=True), CPU)
+    start_folder(config, CPU)
 
 
 def test_without_an_evaluation_there_is_no_best(tmp_path):
