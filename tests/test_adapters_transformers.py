@@ -34,12 +34,18 @@ from transformers import (
     Llama4TextConfig,
     MiniCPM3Config,
     MiniCPM3ForCausalLM,
+    MuseGlimmerConfig,
+    MuseGlimmerForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    xLSTMConfig,
+    xLSTMForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -430,6 +436,13 @@ def test_known_families_pass_the_check():
         check_head(MODELS[name]())
 
 
+def muse(**text):
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return MuseGlimmerConfig(
+        text_config=text, vision_config=vision, out_hidden_size=32, projector_hidden_size=32, tie_word_embeddings=False
+    )
+
+
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
           "num_key_value_heads": 4, "dim_model_base": 8}  # fmt: skip
 HEADS = {
@@ -438,6 +451,8 @@ HEADS = {
     "logits_scaling before the head": (MiniCPM3ForCausalLM, MiniCPM3Config, LATENT),
     "another name of the cap": (RecurrentGemmaForCausalLM, RecurrentGemmaConfig,
                                 {"lru_width": 32, "num_hidden_layers": 3, "logits_soft_cap": 2.0}),
+    "a third name of the cap": (xLSTMForCausalLM, xLSTMConfig, {"num_heads": 4, "output_logit_soft_cap": 2.0}),
+    "a third name of the scale": (MuseGlimmerForConditionalGeneration, muse, {"output_multiplier": 0.3}),
     "layers of an inner model": (Llama4ForCausalLM, Llama4TextConfig,
                                  {"num_local_experts": 2, "intermediate_size_mlp": 32}),
 }  # fmt: skip
@@ -449,7 +464,8 @@ def test_what_families_do_to_their_logits(name):
     model, inputs = family(model_class, config_class, **changes), model_inputs("right", drawn()["ids"])
     check_head(model)
     with torch.no_grad():
-        logprobs = model(**inputs).logits[:, :-1].log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        logprobs = logits.log_softmax(-1).gather(2, inputs["input_ids"][:, 1:, None])[..., 0]
         got, _ = causal_lm_token_logprobs(model, **inputs, mask=lay("right", drawn()["mask"]))
     torch.testing.assert_close(got[:, 1:], logprobs * lay("right", drawn()["mask"])[:, 1:], rtol=0, atol=1e-5)
 
@@ -499,6 +515,11 @@ WRONG = [
     (wrong(position_ids=ANEW.expand(5, 9), attention_mask=None), r"one row \[1, N\].*got input_ids \(5, 9\)$"),
     (wrong(input_ids=IDS[:1], position_ids=ANEW[None], attention_mask=IDS[:1]), r"\(1, 9\) with attention_mask"),
     (wrong(input_ids=IDS[:1], position_ids=ANEW[None], attention_mask=None), r"\[R\] = \(2,\); got \(5,\)"),
+    (
+        wrong(input_ids=IDS[:1], position_ids=ANEW.expand(3, 1, 9), attention_mask=None),
+        r"padding-free batches need 2-D position_ids.*; got \(3, 1, 9\), which return to 0 at token 3",
+    ),
+    (wrong(input_ids=IDS[:1], position_ids=ANEW.expand(4, 1, 9), attention_mask=None), r"2-D .*got \(4, 1, 9\)"),
 ]
 
 
@@ -506,6 +527,22 @@ WRONG = [
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_positions_of_images():
+    """[3, 1, N]: those of an image that comes first repeat and go back; a response that begins anew is refused."""
+    text = SHAPE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    model = family(Qwen2VLForConditionalGeneration, lambda **_: Qwen2VLConfig(text_config=text, vision_config={
+        "depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}))  # fmt: skip
+    image = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]])
+    positions = torch.cat([image, torch.arange(2, 7).expand(3, 5)], 1)[:, None]
+    with torch.no_grad():
+        logprobs = model(input_ids=IDS[:1], position_ids=positions).logits.log_softmax(-1)[:, :-1, 1]
+        got, _ = causal_lm_token_logprobs(model, IDS[:1], position_ids=positions)
+    torch.testing.assert_close(got[:, 1:], logprobs, rtol=0, atol=1e-5)
+    for rows in (3, 4):
+        with pytest.raises(ValueError, match="padding-free batches need 2-D position_ids"):
+            causal_lm_token_logprobs(model, IDS[:1], position_ids=ANEW.expand(rows, 1, 9))
 
 
 def test_positions_of_padding_do_not_matter():

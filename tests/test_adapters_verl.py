@@ -244,6 +244,20 @@ def test_a_penalty_does_not_move_the_gate():
     assert (got[7:] == 0).all() and (got[:7] < 0).all()
 
 
+def test_outcomes_of_rewards_that_tokens_share():
+    """Ten tokens of 0.1 sum to 1.0000001 in float32, one ulp above the outcome that is meant."""
+    shares = torch.tensor([[x] * 10 for x in (0.1, 0.1, 0.0, -0.02)])
+    assert shares.sum(-1)[0] > 1
+    for outcomes in ([0, 1], [0, 1, 2]):
+        options = {"quantile_k": 0.4, "quantile_outcomes": outcomes}
+        got, _ = adapter.advantages_of_verl(shares, torch.ones(4, 10), options, ["a"] * 4)
+        expected = quantile_advantages(
+            shares.sum(-1), torch.zeros(4, dtype=torch.int64), 0.4, outcomes=torch.tensor([1.0, 1, 0, 0]),
+            backend="torch",
+        ).advantages  # fmt: skip
+        assert torch.equal(got[:, 0], expected)
+
+
 def test_outcomes_are_the_rewards_before_the_penalty():
     draw = torch.Generator().manual_seed(0)
     verdicts = (torch.rand(64, generator=draw) < 0.4).float() * 2 - 1
@@ -371,7 +385,10 @@ def test_what_is_logged():
     expected = {name: value.item() for name, value in out.metrics.items()}
     clipped = expected["clip_fraction_low"] + expected["clip_fraction_high"]
     assert got["actor/pg_clipfrac"] == pytest.approx(clipped) and 0.05 < clipped < 0.9
-    assert got["actor/ppo_kl"] == pytest.approx(expected["approx_kl"])
+    of_verl = theirs(batch, actor("vanilla", **NUMBERS), batch.per_response).metrics["actor/ppo_kl"]
+    assert got["actor/ppo_kl"] == pytest.approx(of_verl) and abs(of_verl) > 1e-3
+    assert got["actor/approx_kl"] == pytest.approx(expected["approx_kl"])
+    assert got["actor/approx_kl"] != pytest.approx(of_verl, rel=0.1)
     assert got["actor/active_fraction"] == pytest.approx(expected["active_fraction"])
     assert 0.5 < expected["active_fraction"] < 1
 

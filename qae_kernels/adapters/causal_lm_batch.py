@@ -43,6 +43,13 @@ class Batch:
             checks.shape("attention_mask", attention_mask, input_ids.shape)
             there = attention_mask != 0
             predicted[:, 1:] &= there[:, 1:] & there[:, :-1]
+        if position_ids is not None and position_ids.dim() > 2 and attention_mask is None and len(input_ids) == 1:
+            again = (position_ids == 0).flatten(0, -2).all(0)[1:].nonzero()  # not in all rows at once inside an image
+            if len(again):
+                raise ValueError(
+                    f"padding-free batches need 2-D position_ids, [1, N]; got {tuple(position_ids.shape)}, which "
+                    f"return to 0 at token {int(again[0]) + 1}"
+                )
         if position_ids is not None and position_ids.dim() == 2:
             anew = (position_ids.expand_as(input_ids).diff(dim=1) != 1) & predicted[:, 1:]
             if bool(anew.any()):

@@ -155,7 +155,9 @@ def output_head(model: nn.Module) -> dict[str, Any]:
     def said(name: str) -> float | None:
         return getattr(config, name, None)
 
-    scale = said("logit_scale") or said("lm_head_multiplier") or 1.0  # Cohere, Falcon H1
+    scale = (
+        said("logit_scale") or said("lm_head_multiplier") or said("output_multiplier") or 1.0
+    )  # Cohere, Falcon H1, Muse
     if config.model_type.startswith("granite"):
         scale = 1 / (said("logits_scaling") or 1.0)
     elif config.model_type == "hyperclovax":  # what divides in Granite; in MiniCPM3 it divides the hidden states
@@ -164,7 +166,8 @@ def output_head(model: nn.Module) -> dict[str, Any]:
         "weight": head.weight,
         "bias": head.bias,
         "logit_scale": scale,
-        "logit_softcap": said("final_logit_softcapping") or said("logits_soft_cap"),  # Gemma, Recurrent Gemma
+        # Gemma, Recurrent Gemma, xLSTM
+        "logit_softcap": said("final_logit_softcapping") or said("logits_soft_cap") or said("output_logit_soft_cap"),
     }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
+from verl.utils.torch_functional import masked_mean
 from verl.workers.config import ActorConfig
 
 from .. import checks
@@ -92,14 +93,15 @@ def _options(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
 
 
 def _outcomes(rewards: Tensor, values: Sequence[float] | None) -> Tensor | None:
-    """Each reward before its penalty: the smallest of the values that is not below it."""
+    """Each reward before its penalty: the smallest of the values that is not below it, but for the rounding of a sum
+    over tokens, 1e-5 of the largest absolute value."""
     if values is None:
         return None
     values = [float(x) for x in values]
     if len(values) < 2 or values != sorted(set(values)):
         raise ValueError(f"algorithm.quantile_outcomes must be two ascending numbers or more; got {values}")
     known = torch.tensor(values, dtype=rewards.dtype, device=rewards.device)
-    place = torch.bucketize(rewards, known)
+    place = torch.bucketize(rewards - 1e-5 * known.abs().max(), known)
     above = place == len(known)
     if above.any():
         raise ValueError(
@@ -170,6 +172,7 @@ def policy_loss_of_verl(
         rollout_weights=None if rollout_is_weights is None else rollout_is_weights.to(dtype),
         cu_seqlens=row_offsets(mask.shape, None, mask.device),
     ).flat().cleaned()  # fmt: skip
+    old_over_new = (old_log_prob - log_prob.detach()).clamp(-20, 20)  # as verl's losses log it
     log_prob = torch.where(mask, log_prob.to(dtype), 0).reshape(-1)
     no_entropy = torch.zeros_like(log_prob)  # which verl does not pass
     loss = loss_of_logprobs(log_prob, no_entropy, rows, own)
@@ -177,7 +180,8 @@ def policy_loss_of_verl(
         seen = loss_diagnostics(log_prob.detach(), no_entropy, rows, own).metrics()
     return loss, {
         "actor/pg_clipfrac": (seen["clip_fraction_low"] + seen["clip_fraction_high"]).item(),
-        "actor/ppo_kl": seen["approx_kl"].item(),
+        "actor/ppo_kl": masked_mean(old_over_new, mask).item(),
+        "actor/approx_kl": seen["approx_kl"].item(),
         "actor/active_fraction": seen["active_fraction"].item(),
     }
 
