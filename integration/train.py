@@ -96,8 +96,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
             rollout, outcomes = collected.groups.rollout, collected.groups.outcomes
 
             k = k_source.k if isinstance(k_source, EntropyTargetK) else k_source(step)
-            rewards = outcomes + overlong_penalty(
+            penalty = overlong_penalty(
                 rollout.lengths, config.max_new_tokens, config.overlong_buffer, config.overlong_penalty
+            )
+            # Alone in its group, a penalty would be divided by its own small std.
+            rewards = outcomes + penalty * collected.groups.informative().to(device).repeat_interleave(
+                config.group_size
             )
             advantages = group_advantages(
                 rewards, config.group_size, outcomes=outcomes, baseline=config.baseline, k=k, backend=config.backend,

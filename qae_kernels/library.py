@@ -452,5 +452,5 @@ def group_advantages(
         rewards, outcomes, lengths, 0 if by_ids else groups, groups if by_ids else None, 0.5 if per_group_k else k,
         k if per_group_k else None, baseline, interpolation, scale, eps, correction, triton,
     )  # fmt: skip
-    given = GivenToAdvantages(rewards, groups, baseline, k)
+    given = GivenToAdvantages(rewards, groups, baseline, k, rewards if outcomes is None else outcomes)
     return Advantages(*values, num_groups if by_ids else rewards.numel() // groups, given)

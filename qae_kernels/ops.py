@@ -87,7 +87,9 @@ def group_advantages(
         `.group_ids`. Read by "quantile", "pos_mask" and "neg_mask".
     outcomes: [B], the unshaped verdicts (0/1) that quantile, success rate and p are taken over where the reward
         carries a penalty as well; default: the rewards. Without it a length penalty can push the quantile below the
-        reward of a plain failure, which then gets a positive advantage.
+        reward of a plain failure, which then gets a positive advantage. Where all outcomes of a group are equal only
+        the shaping is left, over its own small std: advantages of hundreds. DAPO draws such groups anew; else leave
+        them out, `.equal_outcomes` says which responses they are.
     lengths: [B] int or float, tokens of each response; required by "opo", refused with any other baseline.
     interpolation: "inverted_cdf", the paper's inf{x : F(x) >= k}; "linear", `torch.quantile` as in the authors' code,
         which for some group sizes gives a baseline between 0 and 1, and then no response an advantage of 0.

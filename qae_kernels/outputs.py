@@ -38,6 +38,7 @@ class GivenToAdvantages(NamedTuple):
     groups: int | Tensor
     baseline: str
     k: float | Tensor
+    outcomes: Tensor  # the rewards, where there were no others
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class Advantages:
         """[B] bool: with `baseline="median"`, the response of each group of odd size that is its median: the first one
         whose reward equals it. Its advantage is 0. Take it out of the loss's mask as well and it is not counted in the
         normaliser either. False for everybody in groups of even size, and with another baseline."""
-        rewards, _, baseline, _ = self._given
-        if baseline != "median" or not self.active.numel():
+        rewards = self._given.rewards
+        if self._given.baseline != "median" or not self.active.numel():
             return torch.zeros_like(self.active)
         group = self._group_of
         position = torch.arange(len(rewards), device=rewards.device)
@@ -110,6 +111,15 @@ class Advantages:
         """[B] bool: the response's group is hard, success rate <= 1 - k (arXiv 2509.22611); the others are easy. Of any
         baseline: it is the gate that the quantile would be with 0/1 outcomes."""
         return self._is_hard[self._group_of]
+
+    @lazy
+    def equal_outcomes(self) -> Tensor:
+        """[B] bool: the outcomes of the response's group are all equal. What its rewards differ by is shaping alone,
+        and the small std of that divides it: see `outcomes` of `group_advantages`."""
+        outcomes, group = self._given.outcomes, self._group_of
+        ends = [torch.zeros_like(self._std).scatter_reduce(0, group, outcomes, end, include_self=False)
+                for end in ("amin", "amax")]  # fmt: skip
+        return (ends[0] == ends[1])[group]
 
     def diagnostics(self) -> Diagnostics:
         """Responses by sign of advantage and groups by regime, for the diagnostics of a step. Does not wait for the

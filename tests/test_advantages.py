@@ -269,6 +269,23 @@ def test_unshaped_outcomes(backend, device):
         assert quantile_advantages(rewards, 16, outcomes=verdicts, backend=backend).baseline.item() == 0
 
 
+def test_equal_outcomes(backend, device):
+    """Only shaping is left in such a group, and its own small std divides it."""
+    outcomes = torch.tensor([0.0, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 0], device=device)
+    rewards = outcomes - 0.001 * torch.arange(12, device=device)
+    equal = [True] * 8 + [False] * 4
+    credit = quantile_advantages(rewards, 4, outcomes=outcomes, backend=backend)
+    assert credit.equal_outcomes.tolist() == equal
+    assert credit.advantages[5:8].abs().max() > 5 > 2 > credit.advantages[8:].abs().max()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.tensor([7, 3, 5], device=device).repeat_interleave(4)
+    shuffled = quantile_advantages(rewards[order], ids[order], outcomes=outcomes[order], backend=backend)
+    assert shuffled.equal_outcomes.tolist() == [equal[i] for i in order]
+    assert not quantile_advantages(rewards, 4, backend=backend).equal_outcomes.any(), (
+        "the rewards, where there are none"
+    )
+
+
 # ---- baselines, scales, groups
 
 

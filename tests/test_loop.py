@@ -250,9 +250,15 @@ def test_overlong_responses_are_punished_and_the_quantile_does_not_see_it(start,
     seen = []
     compute = train.group_advantages
     monkeypatch.setattr(train, "group_advantages", lambda *a, **kw: seen.append((a[0], kw)) or compute(*a, **kw))
-    run(start, tmp_path, name="overlong", steps=1, max_new_tokens=8, overlong_buffer=6, overlong_penalty=0.5)
+    run(
+        start, tmp_path, name="overlong", steps=1, max_new_tokens=8, overlong_buffer=6, overlong_penalty=0.5,
+        prompts_per_step=16,
+    )  # fmt: skip
     rewards, keywords = seen[0]
     assert set(keywords["outcomes"].tolist()) == {0.0, 1.0}
+    groups = keywords["outcomes"].view(-1, TINY.group_size)
+    alone = (groups == groups[:, :1]).all(1).repeat_interleave(TINY.group_size)
+    assert alone.any() and not alone.all() and torch.equal(rewards[alone], keywords["outcomes"][alone])
     lengths = (keywords["outcomes"] - rewards) * 12 + 2  # 0.5 / 6 for each token beyond the first two
     assert lengths.max() == pytest.approx(8, abs=1e-4) and lengths.round().sub(lengths).abs().max() < 1e-4
 

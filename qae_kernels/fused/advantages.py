@@ -326,5 +326,5 @@ def group_advantages(
                 BASELINE=QUANTILES[interpolation] if baseline == "quantile" else BASELINES[baseline],
                 STANDARDISE=scale != "none", BLOCK=block, num_warps=max(1, block // 256),
             )  # fmt: skip
-    given = GivenToAdvantages(rewards, groups, baseline, k)
+    given = GivenToAdvantages(rewards, groups, baseline, k, outcomes)
     return Advantages(advantages, active, group_ids, center, success_rate, std, num_groups, given)

@@ -104,7 +104,7 @@ def group_advantages(
         divisor = std if scale == "std" else batch_std(rewards, correction).expand_as(std)
         divisor = divisor[members.index]
         advantages = torch.where((deviations == 0) | (divisor == 0), 0, deviations / (divisor + eps))
-    given = GivenToAdvantages(rewards, groups, baseline, k)
+    given = GivenToAdvantages(rewards, groups, baseline, k, outcomes)
     return Advantages(advantages, advantages != 0, members.ids, center, success_rate, std, len(members.ids), given)
 
 
