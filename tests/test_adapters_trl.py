@@ -31,7 +31,15 @@ pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
 from peft import LoraConfig  # noqa: E402
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback  # noqa: E402
+from transformers import (  # noqa: E402
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer, TrlParser  # noqa: E402
 
 import qae_kernels.adapters.trl as adapter  # noqa: E402
@@ -238,14 +246,19 @@ def test_advantages_that_reach_the_loss(across):
         completions(x) for x in record.inputs[:4]
     ]  # gone through twice
     assert len(given) == len(record.inputs) == 16
+    narrower = 0
     for inputs, got in zip(record.inputs, given, strict=True):
         kept = inputs["advantages"] != 0
         if not kept.any():
             kept[0] = True
-        assert got["hidden"].shape[:2] == got["tokens"].shape
+        width = int(inputs["completion_mask"][kept].any(0).sum())
+        narrower += width < inputs["completion_ids"].shape[1]
+        assert got["tokens"].shape == (int(kept.sum()), width) and len(got["hidden"][0]) == width
         for name, ours in (("advantages", "advantages"), ("completion_ids", "tokens"), ("completion_mask", "mask"),
                            ("old_per_token_logps", "old_logprobs")):  # fmt: skip
-            assert torch.equal(got[ours], inputs[name][kept])
+            x = inputs[name][kept]
+            assert torch.equal(got[ours], x if x.dim() == 1 else x[:, :width])
+    assert narrower > 4  # without the padding that only longer responses of the rollout need
 
 
 def test_only_responses_with_credit_enter_the_model(across):
@@ -340,6 +353,25 @@ def test_setting_is_stock(tmp_path, name):
     assert_same(trained(QAETrainer, tmp_path, rewards=graded, baseline="mean", **settings)[1], theirs)
 
 
+def sampler(mode: str) -> dict:
+    return {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_min": 0.5,
+            "vllm_importance_sampling_clip_max": 1.5}  # fmt: skip
+
+
+def sample_elsewhere(trainer) -> None:
+    """The completions come with log-probabilities of a sampler that is not the trainer."""
+    draw, completions_only = torch.Generator().manual_seed(1), trainer.rollout_func
+
+    def rollout(prompts, trainer):
+        given = completions_only(prompts, trainer)
+        noise = [torch.rand(len(x), generator=draw) for x in given["completion_ids"]]
+        return given | {"logprobs": [(-2.5 - x).tolist() for x in noise]}
+
+    trainer.rollout_func = rollout
+    trainer.use_vllm, trainer._last_loaded_step = True, 0
+    trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)  # there is no server to tell
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
@@ -347,31 +379,44 @@ def test_importance_of_the_sampler_is_stock(tmp_path, mode, loss_type):
     """The rollout brings log-probabilities of a sampler that is not the trainer; TRL forms its ratios from them."""
     if loss_type == "vespo" and mode.startswith("sequence"):
         pytest.skip("TRL refuses it")
-    draw = torch.Generator().manual_seed(1)
-
     records = []
     for method in (Quantiles, QAETrainer):
-        trainer, record = make_trainer(
-            method, tmp_path, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=0.5,
-            vllm_importance_sampling_clip_max=1.5, loss_type=loss_type, **WINDOWS,
-        )  # fmt: skip
-        draw.manual_seed(1)
-        completions_only = trainer.rollout_func
-
-        def rollout(prompts, trainer):
-            given = completions_only(prompts, trainer)
-            noise = [torch.rand(len(x), generator=draw) for x in given["completion_ids"]]
-            return given | {"logprobs": [(-2.5 - x).tolist() for x in noise]}
-
-        trainer.rollout_func = rollout
-        trainer.use_vllm, trainer._last_loaded_step = True, 0
-        trainer.vllm_generation = SimpleNamespace(sync_weights=lambda: None)  # there is no server to tell
+        trainer, record = make_trainer(method, tmp_path, loss_type=loss_type, **sampler(mode), **WINDOWS)
+        sample_elsewhere(trainer)
         trainer.train()
         records.append(record)
     theirs, ours = records
     assert all("importance_sampling_ratio" in x for x in theirs.inputs)
     assert_same(ours, theirs)
     assert sum(ours.rows) < 0.7 * sum(theirs.rows)
+
+
+@pytest.mark.parametrize("mode, loss_type", [("token_truncate", "vespo"), ("sequence_truncate", "dapo")])
+def test_weights_of_the_sampler_where_all_completions_have_one_token(tmp_path, mode, loss_type):
+    records = []
+    for method in (Quantiles, QAETrainer):
+        trainer, record = make_trainer(method, tmp_path, loss_type=loss_type, **sampler(mode))
+        longer = trainer.rollout_func
+        trainer.rollout_func = lambda prompts, trainer, longer=longer: (
+            (given := longer(prompts, trainer)) | {"completion_ids": [x[:1] for x in given["completion_ids"]]}
+        )
+        sample_elsewhere(trainer)
+        trainer.train()
+        records.append(record)
+    assert all(x["importance_sampling_ratio"].shape == (4, 1) for x in records[1].inputs)
+    assert_same(*records[::-1])
+
+
+def test_tokens_of_weight_0_are_not_clipped(tmp_path):
+    """On-policy every ratio is 1, and that of a token which is not read is no other."""
+    trainer, record = make_trainer(QAETrainer, tmp_path, max_steps=1, loss_type="grpo", **sampler("token_mask"))
+    sample_elsewhere(trainer)
+    trainer.train()
+    (inputs,) = record.inputs
+    unread = (inputs["importance_sampling_ratio"] == 0) & inputs["completion_mask"].bool()
+    assert unread[inputs["advantages"] > 0].any()
+    for name in ("low_mean", "high_mean", "region_mean", "low_min", "high_max"):
+        assert logged(trainer, f"clip_ratio/{name}") == [0]
 
 
 ADAPTERS = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -416,6 +461,20 @@ def test_no_credit_at_all(tmp_path):
         assert gradients.keys() == names and not any(x.any() for x in gradients.values())
     assert logged(trainer, "qae/zero_fraction") == [1.0] * 2
     assert logged(trainer, "entropy") == [None] * 2  # nobody's: not 0
+    of_tokens = ("ratio_mean", "ratio_min", "approx_kl", "clip_fraction_low", "entropy_positive", "entropy_hard")
+    assert not any(logged(trainer, f"qae/{name}") for name in of_tokens)
+
+
+def test_no_entropy_of_tokens_that_there_are_none_of(tmp_path):
+    """Of a group with three successes of four, which is easy, the quantile gives credit to the failure alone."""
+
+    def mostly(completion_ids, **_):
+        return [float(i % GROUP > 0) for i in range(len(completion_ids))]
+
+    trainer, _ = trained(QAETrainer, tmp_path, rewards=mostly, max_steps=1)
+    assert len(logged(trainer, "qae/entropy_negative")) == len(logged(trainer, "qae/entropy_easy")) == 1
+    assert len(logged(trainer, "qae/ratio_mean")) == 1
+    assert not logged(trainer, "qae/entropy_positive") and not logged(trainer, "qae/entropy_hard")
 
 
 def test_responses_without_a_score(tmp_path):
@@ -569,6 +628,14 @@ def test_entropy_target_goes_on_where_it_was(tmp_path):
     assert logged(second, "qae/k") == pytest.approx(logged(whole, "qae/k"))
 
 
+def test_entropy_target_on_a_checkpoint_without_one(tmp_path):
+    trained(QAETrainer, tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer, _ = make_trainer(QAETrainer, tmp_path, **CONTROL | {"max_steps": 2})
+    with pytest.warns(UserWarning, match=r"checkpoint-1 has no quantile_k.json: .* K begins at 0.4"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert logged(trainer, "qae/k")[-1] == 0.4 and trainer._controller.entropy is not None
+
+
 def test_no_entropy_moves_no_k(tmp_path):
     """Nothing has credit, nothing is read: that is no entropy of 0."""
     trainer, _ = trained(QAETrainer, tmp_path, rewards=never, **CONTROL | {"entropy_of": "active"})
@@ -590,6 +657,14 @@ def test_no_entropy_moves_no_k(tmp_path):
         ({"quantile_k_schedule": "steps"}, "quantile_k_schedule must be one of 'constant', 'linear', 'cosine'"),
         ({"quantile_k_schedule": "linear", "quantile_k_end": 0.5, "quantile_k_entropy_target": 0.3}, "not both"),
         ({"quantile_k": 0.1, "quantile_k_entropy_target": 0.3}, r"k must lie in \[k_min, k_max\]"),
+        (
+            {"quantile_k_entropy_target": 0.3, "quantile_k_entropy_kwargs": {"gian": 0.1}},
+            "a key of quantile_k_entropy_kwargs must be one of 'k', 'k_min', .*; got 'gian'",
+        ),
+        (
+            {"quantile_k_entropy_target": 0.3, "quantile_k_entropy_kwargs": {"target": 0.1}},
+            "a key of quantile_k_entropy_kwargs must be one of .*; got 'target'",
+        ),
         ({"baseline": "opo"}, "baseline must be one of 'quantile', 'mean'"),
         ({"entropy_of": "none"}, "entropy_of must be one of 'active', 'all'; got 'none'"),
         ({"loss_type": "ppo"}, "loss_type must be one of"),
@@ -624,6 +699,21 @@ def test_trainers_that_are_refused(tmp_path):
         bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     refused("load-balancing loss", model=Qwen3MoeForCausalLM(experts))
+    latent = MiniCPM3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        dim_model_base=8, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    refused("MiniCPM3ForCausalLM does something to its logits that is not known", model=MiniCPM3ForCausalLM(latent))
+
+
+def test_the_head_is_compared_without_dropout(tmp_path):
+    model = make_model()
+    model.config.attention_dropout = 0.9
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    trainer, _ = make_trainer(QAETrainer, tmp_path, model=model.train())
+    assert trainer.model.training
 
 
 # ---- two ranks

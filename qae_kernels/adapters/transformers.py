@@ -129,18 +129,43 @@ def check_head(model: nn.Module) -> None:
     whole, formed = unwrapped(model), []
 
     def form(layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
-        head = {name: x.float() if isinstance(x, Tensor) else x for name, x in whole_head(model).items()}
-        formed.append(head_logits(args[0].float(), **head))
+        formed.append(head_logits(args[0].float(), **in_float32(whole_head(model))))
 
-    ids = torch.arange(12, device=next(whole.parameters()).device)[None] % text_config(model).vocab_size
+    ids = some_tokens(whole)
     with head_layer(model).register_forward_pre_hook(form):
         own = model(input_ids=ids, use_cache=False).logits
-    logits = single(formed, model)
+    same_logits(whole, own, single(formed, model))
+
+
+@torch.no_grad()
+def check_body_and_head(model: PreTrainedModel) -> None:
+    """`check_head` for who forms logits of what `model.base_model` returns: some families change it before the head.
+
+    model: bare, its weights whole. Leaves it in the mode, of training or not, that it was in.
+    """
+    ids, training = some_tokens(model), model.training
+    model.eval()  # no dropout
+    own = model(input_ids=ids, use_cache=False).logits
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(training)
+    with torch.autocast(hidden.device.type, enabled=False):
+        same_logits(model, own, head_logits(hidden.float(), **in_float32(output_head(model))))
+
+
+def some_tokens(model: PreTrainedModel) -> Tensor:
+    return torch.arange(12, device=next(model.parameters()).device)[None] % text_config(model).vocab_size
+
+
+def in_float32(head: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.float() if isinstance(x, Tensor) else x for name, x in head.items()}
+
+
+def same_logits(model: PreTrainedModel, own: Tensor, logits: Tensor) -> None:
     largest, tolerance = own.abs().max().item(), 1e-3 if own.dtype == torch.float32 else 0.05
     error = (own.float() - logits).abs().max().item() if own.shape == logits.shape else float("nan")
     if not error <= tolerance * largest:
         raise ValueError(
-            f"{type(whole).__name__} does something to its logits that is not known here: {tuple(own.shape)}, up to "
+            f"{type(model).__name__} does something to its logits that is not known here: {tuple(own.shape)}, up to "
             f"{largest:.3g}, they differ by {error:.3g} from those of its head, {tuple(logits.shape)}"
         )
 

@@ -9,9 +9,11 @@ Generation, rewards, the passes for old and reference log-probabilities, optimiz
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import types
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -27,11 +29,11 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx, nanmax, nanmin
 
 from ..checks import one_of
 from ..config import PolicyLossConfig
-from ..diagnostics import Diagnostics
+from ..diagnostics import WHAT, WHERE, Diagnostics
 from ..ops import BASELINES, group_advantages, linear_policy_loss
 from ..outputs import Advantages, PolicyLossOutput
 from ..schedules import EntropyTargetK, KSchedule
-from .transformers import output_head
+from .transformers import check_body_and_head, output_head
 
 OFFERED = tuple(name for name in BASELINES if name != "opo")  # which wants lengths and no std
 SCHEDULES = {"linear": KSchedule.linear, "cosine": KSchedule.cosine}
@@ -201,6 +203,9 @@ def policy_loss_config(args: GRPOConfig) -> PolicyLossConfig:
 
 def entropy_controller(args: QAEConfig) -> EntropyTargetK:
     settings = {"k": args.quantile_k} | dict(args.quantile_k_entropy_kwargs or {})
+    allowed = tuple(name for name in inspect.signature(EntropyTargetK).parameters if name != "target")
+    for name in settings:
+        one_of("a key of quantile_k_entropy_kwargs", name, allowed)
     return EntropyTargetK(args.quantile_k_entropy_target, **settings)
 
 
@@ -229,12 +234,29 @@ def _whole(x: DTensor) -> Tensor:
     return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
+def _is_whole(model: PreTrainedModel, device: torch.device) -> bool:
+    """On the device, and not sharded by tensor parallelism or ZeRO-3. What FSDP will shard waits on the CPU."""
+    return all(
+        x.device.type == device.type and not isinstance(x, DTensor) and not hasattr(x, "ds_id")
+        for x in model.parameters()
+    )
+
+
+def _without_empty_means(total: Diagnostics) -> dict[str, float | list[float]]:
+    """Its metrics, but none of tokens where none was read, and no entropy of a kind of token that there was none of."""
+    counts = dict(zip(WHERE, total.sums[:, WHAT.index("entropies")].tolist(), strict=True))
+    if total.sums[WHERE.index("read"), WHAT.index("tokens")] == 0:
+        total = replace(total, has=total.has - {"loss"})
+    return {name: x for name, x in total.as_dict().items() if counts.get(name.removeprefix("entropy_"), 1) > 0}
+
+
 class QAETrainer(GRPOTrainer):
     """`GRPOTrainer` with the advantages of `QAEConfig`, and with a head that does nothing for responses without credit.
 
     Metrics have TRL's names, and ours begin with "qae/": see `docs/trl.md`. Besides what GRPOTrainer and QAEConfig
     raise: ValueError for args of another class, a model with images or a load-balancing loss, a head that is not one
-    linear layer, and an outcome_reward that is none of the reward functions or has another weight than 1.
+    linear layer, a family that does more to its logits than is known here, and an outcome_reward that is none of the
+    reward functions or has another weight than 1.
     """
 
     def __init__(self, model, reward_funcs=None, args: QAEConfig | None = None, *others, **keywords):
@@ -257,6 +279,9 @@ class QAETrainer(GRPOTrainer):
         self._step_total: Diagnostics | None = None  # of the optimizer step, for the controller
         causal = self.model.get_base_model() if is_peft_model(self.model) else self.model
         output_head(causal)
+        if _is_whole(causal, self.accelerator.device):
+            with self.accelerator.autocast():
+                check_body_and_head(causal)
         add_policy_loss(causal, args.cast_lm_head_to_fp32)
 
     def _find_outcome(self, name: str | None) -> int | None:
@@ -339,22 +364,27 @@ class QAETrainer(GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         rows = self._rows_for_the_model(inputs["advantages"], mask)
-        given = {ours: inputs[name][rows] for name, ours in PER_TOKEN.items() if inputs.get(name) is not None}
-        if "rollout_weights" in given and given["rollout_weights"].shape[1] == 1:  # TRL's sequence modes
+        used = mask[rows].any(0).nonzero()
+        width = int(used[-1]) + 1 if len(used) else 1  # TRL pads to the longest response of the whole rollout
+
+        def kept(name: str) -> Tensor:
+            x = inputs[name][rows]
+            return x if x.dim() == 1 else x[:, :width]
+
+        given = {ours: kept(name) for name, ours in PER_TOKEN.items() if inputs.get(name) is not None}
+        if "rollout_weights" in given and self.vllm_importance_sampling_mode.startswith("sequence"):
             given["rollout_weights"] = given["rollout_weights"].squeeze(1)
         normalizer, config = self._normalizer_and_config(inputs, mask)
-        given |= {"mask": mask[rows], "normalizer": normalizer, "config": config}
+        given |= {"mask": mask[rows, :width], "normalizer": normalizer, "config": config}
         output = None
 
         def policy_loss(hidden: Tensor, **head) -> Tensor:
             nonlocal output
-            hidden = hidden[:, -mask.shape[1] - 1 : -1]  # a token is sampled from the position before it
+            hidden = hidden[:, -width - 1 : -1]  # a token is sampled from the position before it
             output = linear_policy_loss(hidden, **given, **head, entropy="active" if self._drops else "all")
             return output.loss
 
-        parts = {
-            name: [inputs[f"{part}_{name}"][rows] for part in ("prompt", "completion")] for name in ("ids", "mask")
-        }
+        parts = {name: [inputs[f"prompt_{name}"][rows], kept(f"completion_{name}")] for name in ("ids", "mask")}
         with self.accelerator.autocast():
             loss = model(
                 input_ids=torch.cat(parts["ids"], 1), attention_mask=torch.cat(parts["mask"], 1),
@@ -411,12 +441,18 @@ class QAETrainer(GRPOTrainer):
             self._controller.update(values["entropy"])
 
     def _log_clipping(self, logprobs: Tensor, inputs: dict[str, Any], mask: Tensor, rows: Tensor | slice) -> None:
-        """TRL's shares of clipped tokens (responses, at the sequence level), of all that are in the micro-batch."""
+        """TRL's shares of clipped tokens (responses, at the sequence level), of all that are in the micro-batch. What
+        was not read counts as not clipped."""
         if self.loss_type not in (*CLIPPED, "cispo"):
             return
         log_ratio = torch.zeros(mask.shape, device=mask.device)
         if inputs.get("old_per_token_logps") is not None:
-            log_ratio[rows] = (logprobs - inputs["old_per_token_logps"][rows]) * mask[rows]
+            width = logprobs.shape[1]
+            known = (logprobs - inputs["old_per_token_logps"][rows, :width]) * mask[rows, :width]
+            if inputs.get("importance_sampling_ratio") is not None:  # a token of weight 0 may not have been read
+                weights = inputs["importance_sampling_ratio"][rows, :width]
+                known = known.masked_fill((weights == 0) & (logprobs == 0), 0)
+            log_ratio[rows, :width] = known
         counted = mask.float()
         if self.importance_sampling_level == "sequence":
             log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -453,7 +489,8 @@ class QAETrainer(GRPOTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = self._mode
         if mode in self._totals:
-            for name, value in self._totals.pop(mode).as_dict().items():
+            total = _without_empty_means(self._totals.pop(mode))
+            for name, value in total.items():
                 if name not in NOT_LOGGED and not isinstance(value, list):
                     self._metrics[mode][f"qae/{name}"].append(value)
         super().log(logs, start_time)
@@ -472,5 +509,13 @@ class QAETrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._controller is not None and checkpoint is not None:
-            with open(os.path.join(checkpoint, STATE_FILE)) as file:
+            path = os.path.join(checkpoint, STATE_FILE)
+            if not os.path.exists(path):
+                warnings.warn(
+                    f"{checkpoint} has no {STATE_FILE}: it is of a run without quantile_k_entropy_target. K begins at "
+                    f"{self.quantile_k}",
+                    stacklevel=2,
+                )
+                return
+            with open(path) as file:
                 self._controller.load_state_dict(json.load(file))
