@@ -512,6 +512,23 @@ def test_quantile_over_outcomes(tmp_path):
             assert inputs["advantages"].tolist() == pytest.approx(expected_here, abs=1e-5)
 
 
+def test_groups_that_are_all_wrong_are_not_shaped(tmp_path):
+    """Their rewards differ by the length alone, and the std of that is small: advantages of tens, or 0."""
+
+    def wrong(completion_ids, **_):
+        return [0.0] * len(completion_ids)
+
+    trainer, record = trained(QAETrainer, tmp_path, rewards=[brevity, wrong], outcome_reward="wrong")
+    assert all(not inputs["advantages"].any() for inputs in record.inputs)
+    assert not any(trainer._logs["advantages"])
+
+
+def test_several_rewards_and_no_outcome_is_said(tmp_path):
+    trainer, _ = make_trainer(QAETrainer, tmp_path, rewards=[brevity, accuracy])  # which silences warnings
+    with pytest.warns(UserWarning, match="quantile is that of the sum of 2 rewards; expected outcome_reward"):
+        trainer._find_outcome(None)
+
+
 def test_eval(tmp_path):
     """Its own number of generations, no accumulation, and no gradient; beside stock TRL."""
     settings = {"num_generations_eval": 2, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 1,

@@ -236,12 +236,14 @@ OUTCOMES = {"quantile_outcomes": [-1, 1]}
 
 
 def test_a_penalty_does_not_move_the_gate():
-    """Sixteen failures, seven of them overlong: without the outcomes plain failures are rewarded."""
+    """Fifteen failures, seven of them overlong: without the outcomes plain failures are rewarded."""
     penalties = [-1.0, -0.9, -0.5, -0.7, -0.2, -0.3, -1.0]
-    data = rollout([-1.0 + p for p in penalties] + [-1.0] * 9, ["a"] * 16)
-    assert (advantages(data)[7:] > 0).all()
+    data = rollout([-1.0 + p for p in penalties] + [-1.0] * 8 + [1.0], ["a"] * 16)
+    assert (advantages(data)[7:15] > 0).all()
     got = advantages(data, **OUTCOMES)
-    assert (got[7:] == 0).all() and (got[:7] < 0).all()
+    assert (got[7:15] == 0).all() and (got[:7] < 0).all() and got[15] > 0
+    all_wrong = rollout([-1.0 + p for p in penalties] + [-1.0] * 9, ["a"] * 16)
+    assert (advantages(all_wrong, **OUTCOMES) == 0).all(), "a penalty alone, over its own small std"
 
 
 def test_outcomes_of_rewards_that_tokens_share():

@@ -287,6 +287,12 @@ class QAETrainer(GRPOTrainer):
     def _find_outcome(self, name: str | None) -> int | None:
         """Place of the reward function of that name."""
         if name is None:
+            if len(self.reward_func_names) > 1 and self.args.baseline == "quantile":
+                warnings.warn(
+                    f"the quantile is that of the sum of {len(self.reward_func_names)} rewards; expected "
+                    f"outcome_reward, the name of the one that says right or wrong: {self.reward_func_names}",
+                    stacklevel=3,
+                )
             return None
         if self.reward_func_names.count(name) != 1:
             raise ValueError(f"outcome_reward must be one of the rewards {self.reward_func_names}; got {name!r}")
@@ -334,7 +340,8 @@ class QAETrainer(GRPOTrainer):
 
     def _all_advantages(self, mode: str) -> tuple[Tensor, Tensor, Advantages]:
         """Advantages and hardness of the group [B], of all ranks' responses in TRL's order. A response that no reward
-        function scored, or outcome_reward did not, has advantage 0 and counts in no group."""
+        function scored, or outcome_reward did not, has advantage 0 and counts in no group. With an outcome_reward, a
+        group that is all right or all wrong has 0."""
         rewards = self._rewards_per_func
         scored = ~rewards.isnan().all(1)
         outcomes = None
@@ -350,7 +357,10 @@ class QAETrainer(GRPOTrainer):
             scale=SCALES[self.scale_rewards], eps=self.args.advantage_eps,
         )  # fmt: skip
         advantages, hard = torch.zeros_like(summed), torch.zeros_like(scored)
-        advantages[scored], hard[scored] = result.advantages, result.hard
+        values = result.advantages
+        if outcomes is not None:  # what other rewards add is no lesson where all are right, or all wrong
+            values = values.masked_fill(result.equal_outcomes, 0.0)
+        advantages[scored], hard[scored] = values, result.hard
         return advantages, hard, result
 
     # ---- loss

@@ -59,10 +59,14 @@ def advantages_of_verl(
     if given.get("quantile_bit_for_bit"):
         advantages = authors_advantages(rewards, groups, k, scale=scale)
     else:
-        advantages = quantile_advantages(
-            rewards, groups, k, outcomes=_outcomes(rewards, given.get("quantile_outcomes")), scale=scale,
+        outcomes = _outcomes(rewards, given.get("quantile_outcomes"))
+        result = quantile_advantages(
+            rewards, groups, k, outcomes=outcomes, scale=scale,
             interpolation=given.get("quantile_interpolation", "inverted_cdf"), eps=given.get("quantile_eps", 1e-6),
-        ).advantages  # fmt: skip
+        )  # fmt: skip
+        advantages = result.advantages
+        if outcomes is not None:  # penalties are no lesson where all are right, or all wrong
+            advantages = advantages.masked_fill(result.equal_outcomes, 0.0)
     advantages = advantages[:, None] * response_mask
     return advantages, advantages
 
