@@ -49,7 +49,7 @@ $(OLDEST_TRITON): $(INSTALLED)
 	touch $@
 
 test-oldest-triton: $(OLDEST_TRITON)
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" \
 		-W ignore::DeprecationWarning $(KERNEL_TESTS)
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/test_codegen.py
 

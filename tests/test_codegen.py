@@ -104,7 +104,7 @@ def test_other_targets(target, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "dtype", "vocab"), [
-    ("sm_80", "fp32", "507"), ("gfx942", "fp32", "507"), ("sm_90", "bf16", "50257"), ("sm_90", "bf16", "151643"),
+    ("gfx942", "fp32", "507"), ("sm_90", "bf16", "50257"),
 ])  # fmt: skip
 def test_a_vocabulary_without_alignment(target, dtype, vocab, tmp_path):
     """Narrow loads, but no thread asks another one within a row."""

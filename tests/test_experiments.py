@@ -143,13 +143,13 @@ def test_an_experiment_runs_and_is_not_run_again(tmp_path):
         eval_samples=1, max_new_tokens=8, model=ModelConfig(hidden_size=32, layers=1, intermediate_size=32),
         task=TaskConfig(held_out=4), warm_start=WarmStartConfig(steps=2, batch_size=4),
     )  # fmt: skip
-    settings = Settings("qae", runs=tmp_path, seeds=1, steps=2)
+    settings = Settings("baseline", runs=tmp_path, seeds=1, steps=2)
     cells = experiments(settings, base)
-    assert list(cells) == EXPERIMENTS["qae"]
+    assert list(cells) == EXPERIMENTS["baseline"]
     for folders in cells.values():
         assert [r["step"] for r in read(folders[0])] == [0, 1, 2]
-    stale = json.loads((cells["stale", "K=0.4"][0] / "config.json").read_text())["config"]
-    assert (stale["epochs"], stale["k"], stale["baseline"]) == (4, 0.4, "quantile")
+    stale = json.loads((cells["stale", "mean"][0] / "config.json").read_text())["config"]
+    assert (stale["epochs"], stale["baseline"]) == (4, "mean")
     written = {f: (f / "metrics.jsonl").stat().st_mtime_ns for folders in cells.values() for f in folders}
     experiments(settings, base)
     assert written == {f: (f / "metrics.jsonl").stat().st_mtime_ns for f in written}

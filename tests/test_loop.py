@@ -403,7 +403,7 @@ def test_k_follows_the_entropy(start, tmp_path, target, direction):
         ({"overlong_buffer": 4, "overlong_penalty": -1.0}, "overlong_penalty not negative; got 4 and -1.0"),
         ({"eval_temperature": -0.1}, "eval_temperature must not be negative; got -0.1"),
         ({"rollout_correction": "tis"}, "expected old_logprobs 'recompute'; got 'sampler'"),
-        ({"data": DataConfig(train="gym:chain_sum")}, "a model to start from is needed for 'gym:chain_sum'"),
+        ({"data": DataConfig(train="own.jsonl")}, "a model to start from is needed for 'own.jsonl'"),
         ({"rollout": RolloutConfig(top_p=0.0)}, r"rollout.top_p must be in \(0, 1\]; got 0.0"),
         (
             {"rollout": RolloutConfig(engine="vllm"), "entropy_target": 0.3},

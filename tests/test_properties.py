@@ -332,7 +332,7 @@ def some_groups(random: Random) -> tuple[list[list[float]], Fraction, dict]:
     return [random.choices(random.choice(values), k=k) for k in sizes], Fraction(random.randrange(1, n), n), options
 
 
-@settings(DRAWN, max_examples=50)
+@settings(DRAWN, max_examples=30)
 @given(groups=drawn(some_groups), seed=st.integers(0, 9))
 def test_group_advantages(groups, seed, backend, device):
     """The quantile is inf{x: F(x) >= k} (arXiv 2509.22611, section 3) in exact arithmetic. The bits are the same in any
