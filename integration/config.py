@@ -234,6 +234,8 @@ class TrainConfig:
                 f"minibatches ({self.minibatches}) must divide prompts_per_step ({self.prompts_per_step}): "
                 "a minibatch holds whole groups"
             )
+        if self.group_size == 1:
+            raise ValueError("group_size must be at least 2; got 1: a response alone has an advantage of 0")
         if self.steps < 0:
             raise ValueError(f"steps must not be negative; got {self.steps}")
         if self.temperature <= 0:

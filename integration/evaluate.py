@@ -176,7 +176,8 @@ def training_config(settings: EvaluateConfig) -> TrainConfig:
     )  # fmt: skip
     return replace(
         base, init=init, lora=LoraConfig(), eval_samples=settings.samples, eval_temperature=settings.temperature,
-        prompts_per_step=max(1, settings.responses_per_call // settings.samples), group_size=settings.samples,
+        prompts_per_step=max(1, settings.responses_per_call // max(2, settings.samples)),
+        group_size=max(2, settings.samples),
         minibatches=1, old_logprobs="recompute", overlong_buffer=0,  # settings of training that others must agree with
         max_tokens=max(base.max_tokens, 1 + (settings.max_new_tokens or 0)), data=replace(base.data, **data),
         rollout=replace(base.rollout, top_p=settings.top_p, **given(engine=settings.engine)),

@@ -186,9 +186,13 @@ def main() -> None:
     cells = experiments(settings)
     print(experiments_report.table(cells))
     if settings.publish:
-        experiments_report.pack(
-            settings.runs / settings.scale, settings.docs / "experiments" / f"{settings.scale}.jsonl.xz"
-        )
+        packed = settings.docs / "experiments" / f"{settings.scale}.jsonl.xz"
+        fresh = packed.with_suffix(".new")
+        experiments_report.pack(settings.runs / settings.scale, fresh)
+        if settings.scale == "tiny" and (missing := experiments_report.missing(fresh)):
+            fresh.unlink()
+            sys.exit(f"error: nothing is published: the page also needs the runs of {', '.join(missing)}")
+        fresh.replace(packed)
         if settings.scale == "tiny":
             experiments_report.publish(settings.docs)
 

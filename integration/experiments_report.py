@@ -276,6 +276,16 @@ def publish(docs: Path) -> None:
             page.write_text(fill(page, blocks(cells)), encoding="utf-8")
 
 
+def missing(packed: Path) -> list[str]:
+    """What the page needs and the packed runs have for no seed."""
+    from .experiments import ARMS
+
+    with unpacked(packed) as runs:
+        cells = cells_of(runs)
+    needed = [(regime, arm) for regime in ("fresh", "stale") for arm in ARMS]
+    return [f"{regime}, {arm}" for regime, arm in needed if not cells.get((regime, arm))]
+
+
 def cells_of(runs: dict[str, Path]) -> Cells:
     """Those of the runs that belong to an experiment, by regime and arm; the seeds that all arms of a regime have."""
     from .experiments import ARMS, REGIMES, run_name

@@ -49,6 +49,8 @@ def load(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """From a folder, or from the hub where there is no such folder; float32."""
     if Path(name).is_dir():
         require(Path(name))
+    elif Path(name).parent != Path() and Path(name).parent.is_dir():
+        raise FileNotFoundError(f"no model at {name}: there is no such folder in {Path(name).parent}")
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     except OSError as error:

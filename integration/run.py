@@ -67,6 +67,10 @@ class Run:
             self.trackers = open_trackers(self.config, self.folder, self.state.step)
         if state is None:
             self.save(model, optimizer)
+        elif state.step >= self.config.steps:
+            self.progress.say(
+                f"{self.config.name} has made its {self.config.steps} steps already; --steps asks for more"
+            )
         elif state.step:
             self.progress.say(f"{self.config.name} goes on after step {state.step}")
 
@@ -96,13 +100,16 @@ class Run:
         is_best = value is not None and (state.best is None or value > state.best["value"])
         if is_best:
             state.best = {"step": state.step, "value": value}
-        stopping = parallel.any_rank(self._signal is not None)
+        stopping = parallel.any_rank(self.asked_to_stop())
         if is_best or stopping or state.step % self.config.save_every == 0 or state.step == self.config.steps:
             self.save(model, optimizer)
         if stopping and state.step < self.config.steps:
             raise Stopped(
                 f"stopped after step {state.step} of {self.config.steps}; the same command goes on from there"
             )
+
+    def asked_to_stop(self) -> bool:
+        return self._signal is not None
 
     def save(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
         """Raises FloatingPointError, and saves nothing, if a weight is not finite."""

@@ -36,7 +36,7 @@ from .checkpoint import CheckpointError
 from .collect import collect
 from .config import PRESETS, TrainConfig
 from .data import open_evals, open_source
-from .engines import IN_PROCESS, EngineError, make_engine
+from .engines import IN_PROCESS, EngineError, make_engine, require_engine
 from .evaluate import evaluate
 from .models import open_policy
 from .optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -55,7 +55,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
     """Runs `config`, or what is left of it, and returns the folder of its results."""
     with ExitStack() as stack:
         require_trackers(config)
+        require_engine(config)
         device = parallel.start(parallel.resolve_device(config.device), config)
+        group_advantages(torch.zeros(2, device=device), 2, backend=config.backend)  # raises where that cannot be had
         stack.push(parallel.stop)
         progress = progress or Progress(quiet=not parallel.leads())
         run = stack.enter_context(Run(config, device, progress))
@@ -63,7 +65,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         source, evals = open_source(config, tokenizer), open_evals(config, tokenizer)
         verifier = stack.enter_context(Verifier(config.verify))
         if config.init is None and not run.begun:
-            warm_start(model, tokenizer, config, progress)
+            warm_start(model, tokenizer, config, progress, run.asked_to_stop)
         model.train()  # what transformers loads does not: activations would not be checkpointed, nothing dropped out
         parallel.shard(model, device, config)
         optimizer = make_optimizer(model, config)

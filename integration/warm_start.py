@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .config import TrainConfig
 from .data import open_source
 from .problems import Problem
 from .progress import Progress
+from .run import Stopped
 
 WARM_START_SEED = 77_000_000
 IGNORED = -100
@@ -45,9 +47,16 @@ def right_answer(problem: Problem, rng: random.Random, direct_share: float) -> s
 
 
 def warm_start(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, progress: Progress
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    progress: Progress,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains `model` in place on problems like those of the run, and none of its evaluations."""
+    """Trains `model` in place on problems like those of the run, and none of its evaluations.
+
+    Raises Stopped after a step in which `asked_to_stop` says so.
+    """
     settings, rng = config.warm_start, random.Random(config.seed)
     source, cursor = open_source(config, tokenizer, WARM_START_SEED), 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -65,3 +74,5 @@ def warm_start(
         optimizer.step()
         optimizer.zero_grad()
         progress.show(loss=loss.item())
+        if asked_to_stop():
+            raise Stopped("stopped in the warm start, of which nothing is kept; the same command makes it again")

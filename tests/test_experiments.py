@@ -122,6 +122,27 @@ def test_the_stress_has_claims_of_its_own(made, tmp_path):
     assert (tmp_path / "figures" / "stress-entropy-and-accuracy.png").is_file()
 
 
+def test_what_the_page_cannot_say_is_not_published(made, tmp_path, monkeypatch):
+    """The committed file stays as it is."""
+    monkeypatch.setattr("integration.experiments.experiments", lambda settings: {})
+    monkeypatch.setattr("integration.experiments_report.table", lambda cells: "")
+    (tmp_path / "docs" / "experiments").mkdir(parents=True)
+    (tmp_path / "docs" / "experiments" / "tiny.jsonl.xz").write_text("before")
+    (tmp_path / "runs").mkdir()
+    for folder in list(made.glob("fresh-*")):
+        folder.rename(tmp_path / "runs" / folder.name)
+    monkeypatch.setattr(
+        "sys.argv", ["x", "baseline", "--runs", str(tmp_path), "--docs", str(tmp_path / "docs"), "--publish"]
+    )
+    (tmp_path / "runs").rename(tmp_path / "tiny")
+    with pytest.raises(
+        SystemExit, match=r"nothing is published: the page also needs the runs of stale, mean, stale, K=0\.2"
+    ):
+        main()
+    assert [f.name for f in (tmp_path / "docs" / "experiments").iterdir()] == ["tiny.jsonl.xz"]
+    assert (tmp_path / "docs" / "experiments" / "tiny.jsonl.xz").read_text() == "before"
+
+
 def test_blocks_go_between_their_marks(tmp_path):
     (tmp_path / "page.md").write_text("a <!-- one -->\nold\n<!-- /one --> b <!-- two --><!-- /two --> c")
     filled = report.fill(tmp_path / "page.md", {"one": "1", "two": "2", "three": "3"})

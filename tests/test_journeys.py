@@ -68,8 +68,8 @@ def test_trl(executable, tmp_path):
     for part in small_policy():
         part.save_pretrained(tmp_path / "policy")
     said = run(executable, tmp_path, "QAE in TRL", before=USERS_OWN)
-    (share,) = re.findall(r"^(\d\.\d+)$", said, re.MULTILINE)
-    assert 0 <= float(share) <= 1
+    (shares,) = re.findall(r"^\[(.*)\]$", said, re.MULTILINE)
+    assert len(shares.split(", ")) == 2 and all(0 <= float(x) <= 1 for x in shares.split(", "))
 
 
 def test_a_benchmark(executable, tmp_path):

@@ -397,6 +397,7 @@ def test_k_follows_the_entropy(start, tmp_path, target, direction):
         ({"k_end": 1.5}, "k_end must be a number strictly between 0 and 1; got 1.5"),
         ({"eps_low": -0.1}, r"eps_low must be in \[0, 1\]; got -0.1"),
         ({"loss": "sapo", "eps_high": 0.1}, "loss 'sapo' has no clip bounds; got eps_high 0.1"),
+        ({"group_size": 1}, "group_size must be at least 2; got 1: a response alone has an advantage of 0"),
         ({"seed": -1}, "seed must not be negative; got -1"),
         ({"max_tokens": 16}, r"max_tokens \(16\) must hold a prompt and a response of max_new_tokens \(16\)"),
         ({"overlong_buffer": 17}, r"overlong_buffer must be in \[0, max_new_tokens = 16\] .*got 17 and 1.0"),

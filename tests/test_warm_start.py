@@ -1,16 +1,18 @@
 """Models from scratch: their tokenizers, and that right answers are what the warm start teaches them."""
 
+import importlib.util
 import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from integration.config import DataConfig, ModelConfig, TrainConfig, WarmStartConfig
+from integration.config import DataConfig, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from integration.data import open_evals, open_source
 from integration.gym_answers import score
 from integration.models import open_policy
 from integration.progress import Progress
+from integration.run import Stopped
 from integration.tokenizers import byte_tokenizer
 from integration.train import train
 from integration.warm_start import IGNORED, WARM_START_SEED, encode_batch, right_answer, warm_start
@@ -81,6 +83,21 @@ def test_the_loop_runs_on_a_mixture_from_scratch(tmp_path):
     folder = train(replace(CONFIG, runs=tmp_path), Progress(quiet=True))
     assert (folder / "model" / "config.json").is_file()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_what_cannot_be_is_said_before_the_warm_start(tmp_path, monkeypatch):
+    """And who asks it to stop need not wait for its end."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = replace(CONFIG, runs=tmp_path, warm_start=WarmStartConfig(steps=10**6))
+    with pytest.raises(ValueError, match="backend='triton' needs a GPU tensor"):
+        train(replace(config, backend="triton"), Progress(quiet=True))
+    if importlib.util.find_spec("vllm") is None:
+        vllm = replace(config, rollout=RolloutConfig(engine="vllm"), old_logprobs="recompute")
+        with pytest.raises(ModuleNotFoundError, match=r"rollout\.engine is 'vllm', but vllm is not installed"):
+            train(vllm, Progress(quiet=True))
+    model, tokenizer = open_policy(config, CPU)
+    with pytest.raises(Stopped, match="stopped in the warm start, of which nothing is kept"):
+        warm_start(model, tokenizer, config, Progress(quiet=True), lambda: True)
 
 
 def test_other_data_needs_a_model():

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ def make_engine(
     folder: checkpoint of `model` in transformers' format, which a colocated vLLM starts from.
     Raises ValueError: settings that the engine cannot keep. ModuleNotFoundError: no vLLM here. EngineError.
     """
+    require_engine(config)
     name = config.rollout.engine
     if name == "sampler":
         from .sampler import Sampler
@@ -100,6 +102,15 @@ def make_engine(
     from .vllm_server import VLLMServer
 
     return VLLMServer(config, model, tokenizer)
+
+
+def require_engine(config: TrainConfig) -> None:
+    """Raises ModuleNotFoundError where vLLM is wanted beside the trainer and is not installed. Imports nothing."""
+    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ModuleNotFoundError(
+            "rollout.engine is 'vllm', but vllm is not installed; expected `pip install 'qae-kernels[vllm]'`, or on a "
+            "CPU the environment of `make test-vllm`"
+        )
 
 
 def check_prompts(prompts: list[list[int]], seeds: list[int]) -> None:

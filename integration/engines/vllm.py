@@ -6,7 +6,6 @@ kill it. Weights go over as tensors in shared host memory, one at a time, and vL
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import signal
@@ -33,12 +32,7 @@ class VLLM:
     """Draws from a copy of the policy in vLLM."""
 
     def __init__(self, config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path):
-        """folder: checkpoint of `model`. Raises ModuleNotFoundError: no vLLM here. EngineError: it does not start."""
-        if importlib.util.find_spec("vllm") is None:
-            raise ModuleNotFoundError(
-                "rollout.engine is 'vllm', but vllm is not installed; expected `pip install qae-kernels[vllm]`, "
-                "or on a CPU the environment of `make test-vllm`"
-            )
+        """folder: checkpoint of `model`. Raises EngineError: it does not start."""
         self.model, self.tokenizer, self.timeout = model, tokenizer, config.rollout.timeout
         self.device, self.dtype = model.device, getattr(torch, config.dtype)
         self.ends, self.has_weights = end_tokens(model, tokenizer), True
