@@ -29,7 +29,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from qae_kernels import Advantages, EntropyTargetK, group_advantages
+from qae_kernels import Advantages, EntropyTargetK, group_advantages, quantile_advantages
 
 from . import checkpoint, parallel, report
 from .checkpoint import CheckpointError
@@ -57,7 +57,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> Path:
         require_trackers(config)
         require_engine(config)
         device = parallel.start(parallel.resolve_device(config.device), config)
-        group_advantages(torch.zeros(2, device=device), 2, backend=config.backend)  # raises where that cannot be had
+        quantile_advantages(torch.zeros(2, device=device), 2, backend=config.backend)  # raises where there is none
         stack.push(parallel.stop)
         progress = progress or Progress(quiet=not parallel.leads())
         run = stack.enter_context(Run(config, device, progress))

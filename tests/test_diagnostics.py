@@ -303,9 +303,9 @@ def test_regimes_and_pre_passes(groups):
     of_groups = per_response[:2] if groups == 3 else per_response
     advantages = Advantages(
         per_response, per_response != 0, of_groups.long(), of_groups, of_groups, of_groups, many,
-        GivenToAdvantages(per_response, ids, "median", 0.4),
+        GivenToAdvantages(per_response, ids, "median", 0.4, per_response),
     )  # fmt: skip
-    for result in (advantages.hard, advantages.pivot, advantages.diagnostics().sums):
+    for result in (advantages.hard, advantages.pivot, advantages.equal_outcomes, advantages.diagnostics().sums):
         assert result.device.type == "meta"
     for level in ("token", "sequence"):
         assert rollout_correction(per_token, per_token, level=level).shape == (2, 5)

@@ -117,7 +117,7 @@ def test_a_first_model_that_has_moved(tmp_path):
     parallel.export(model, tokenizer, tmp_path / "first")
     run, weights = make_run(tmp_path, init=str(tmp_path / "first"))
     (tmp_path / "first").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="no model called"):
+    with pytest.raises(FileNotFoundError, match="no model at"):
         export_checkpoint(run)
     assert_weights(export_checkpoint(run, init=str(tmp_path / "moved")), weights[3])
 

@@ -89,8 +89,10 @@ def test_activation_checkpointing_is_switched_on():
 def test_a_name_of_nothing_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a folder with config\.json"):
         open_policy(TrainConfig(init=str(tmp_path)), CPU)
-    with pytest.raises(FileNotFoundError, match=r"no model called '.*/absent': expected a folder, or a"):
-        open_policy(TrainConfig(init=str(tmp_path / "absent")), CPU)
+    with pytest.raises(FileNotFoundError, match=r"no model at .*/absent: there is no such folder in"):
+        open_policy(TrainConfig(init=str(tmp_path / "absent")), CPU)  # the hub need not be asked
+    with pytest.raises(FileNotFoundError, match=r"no model called '.*/absent/too': expected a folder, or a"):
+        open_policy(TrainConfig(init=str(tmp_path / "absent" / "too")), CPU)
 
 
 def test_a_family_that_packed_rows_do_not_know_is_refused(tmp_path):

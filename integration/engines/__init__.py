@@ -80,7 +80,6 @@ def make_engine(
     folder: checkpoint of `model` in transformers' format, which a colocated vLLM starts from.
     Raises ValueError: settings that the engine cannot keep. ModuleNotFoundError: no vLLM here. EngineError.
     """
-    require_engine(config)
     name = config.rollout.engine
     if name == "sampler":
         from .sampler import Sampler
@@ -96,6 +95,7 @@ def make_engine(
             "top_p, and not the policy's; expected --old-logprobs recompute, or a top_p of 1"
         )
     if name == "vllm":
+        require_engine(config)
         from .vllm import VLLM
 
         return VLLM(config, model, tokenizer, folder)
