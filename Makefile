@@ -61,7 +61,7 @@ $(OLDEST_TRANSFORMERS): $(INSTALLED)
 
 test-oldest-transformers: $(OLDEST_TRANSFORMERS)
 	PYTHONPATH=$(OLDEST_TRANSFORMERS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" \
-		tests/test_models.py tests/test_packing.py tests/test_adapters_transformers.py
+		tests/test_models.py tests/test_packing.py
 
 $(OLDEST_TORCH)/installed: Makefile
 	$(PYTHON) -m venv $(OLDEST_TORCH)
